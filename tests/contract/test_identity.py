@@ -131,7 +131,7 @@ BASES: dict[str, tuple[Callable[[Home], None], bool, str | None]] = {
     "one flipped bit": (flip_a_bit, False, r"its weights should have the sha256 [0-9a-f]{16}, and [0-9a-f]{16} was found"),
     "other config": (other_config, False, r"its config should have the sha256 [0-9a-f]{16}, and [0-9a-f]{16} was found"),
     "moved and named": (move, True, None),
-    "moved and not named": (move, False, "there is no such file or folder"),
+    "moved and not named": (move, False, "file or folder not found"),
     "moved, another in its place": (move_beside_another, False, "its weights should have the sha256"),
     "moved, another in its place, named": (move_beside_another, True, None),
 }

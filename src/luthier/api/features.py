@@ -53,7 +53,7 @@ def extract_features(model: Run | Path | str, data: str, *, out: Path | str | No
         settings: they override the recipe, such as ``**{"model.pooling": "mean", "data.max_length": 128}``.
 
     Raises:
-        RunError: `out` holds other features, or is no .safetensors file.
+        RunError: `out` holds other features, or is not a .safetensors file.
         LuthierError: the base or the rows cannot be read.
     """
     report = partial(print_line, quiet=quiet)
@@ -86,7 +86,7 @@ def extract_features(model: Run | Path | str, data: str, *, out: Path | str | No
 def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels) -> dict[str, float]:
     """A logistic regression on standardized states: its accuracy on the training rows and on other rows.
 
-    Raises: `MissingExtra` without scikit-learn; `RecipeError` where labels are no single classes, or are all equal.
+    Raises: `MissingExtra` without scikit-learn; `RecipeError` if labels are not single classes, or are all equal.
     """
     if find_spec("sklearn") is None:
         raise MissingExtra("scikit-learn", "features", "a linear probe")

@@ -44,7 +44,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     Raises:
         RecipeError: a template without `{text}`, or a model that cannot generate.
         DataError: no row has the column.
-        RunError: `out` exists, or is no `.jsonl` file.
+        RunError: `out` exists, or is not a `.jsonl` file.
     """
     templates, target = [prompt_template] if isinstance(prompt_template, str) else list(prompt_template), Path(out)
     invalid = next((template for template in templates if "{text}" not in template), None if templates else "nothing")

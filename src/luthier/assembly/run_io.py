@@ -167,7 +167,7 @@ def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
 
 
 def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
-    """The default dtype of an exported model: that of the base's files, or of the loaded model where they are gone."""
+    """The default dtype of an exported model: that of the base's files, or of the loaded model if they do not exist."""
     try:
         return read_stored_dtype(recipe.model)
     except BaseError:
@@ -192,7 +192,7 @@ def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: boo
     base_model.json holds the base's digests.
     """
     if isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.heads:
-        assert isinstance(tuner, CompositeMethod), "the critic stands beside the method"
+        assert isinstance(tuner, CompositeMethod), "the critic is a separate part"
         tuner = tuner.parts[0]
     config = tuner.get_peft_config()
     if config is None:

@@ -6,7 +6,7 @@
 | TargetLinear       | models      | one linear layer of the model and its role (`q`, `up`, ...)        |
 | ModelStructure     | models      | the model's parts: layers, linear layers, embedding, head          |
 | SoftPromptInjector | models      | where virtual tokens enter the model (`soft_prompts.py`)           |
-| Head               | models      | a small module over the states that an objective asks for          |
+| Head               | models      | a small module over the states that an objective needs            |
 | Heads              | models      | the heads of one objective on one model                            |
 | Family             | models      | how to call the model                                              |
 | Method             | methods     | which parameters train, and how they enter the forward pass        |

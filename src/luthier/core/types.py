@@ -276,7 +276,7 @@ def _offsets(sizes: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch(DeviceMovable):
-    """A frozen, self-describing micro-batch that knows no model."""
+    """A frozen, self-describing micro-batch, independent of the model."""
 
     inputs: Inputs
     target: LossInputs

@@ -43,7 +43,7 @@ class MaskingConfig:
         rate: share of a document's tokens that is masked.
         span: mean length of a span, in tokens.
         whole: whether all tokens of a word are masked together.
-        stand: the tokens that replace masked ones: the mask token, or one sentinel for each span.
+        stand: the tokens that replace masked tokens: the mask token, or one sentinel for each span.
         special: special tokens, which are never masked (for spans: tokens that a text must not contain).
         end: the end-of-sequence token, which the target has too.
         words: vocabulary size for random replacements.

@@ -70,7 +70,7 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
         judged = {item.span_index: len(items) + i for i, item in enumerate(example.labeled_spans)}
         items += [first + item.span_index for item in example.labeled_spans]
         images += [image if isinstance(image, torch.Tensor) else image.tensor() for image in example.images]
-        span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, depth behind it
+        span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, and the position after it
         for number, span in enumerate(example.spans):
             start, before, depth = len(tokens), -1, 0
             if span.parent >= 0:

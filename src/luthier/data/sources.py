@@ -109,7 +109,7 @@ def _group_images(folder: Path, images: Sequence[Path], split: str | None, part:
 
 
 def check_source(path: str) -> None:
-    """Raises `DataError` if `path` is no file, no folder and no valid hub id."""
+    """Raises `DataError` if `path` is not a file, a folder or a valid hub id."""
     place = Path(path).expanduser()
     if not place.exists() and not (HUB_NAME.fullmatch(path) and not _get_suffix(place)):
         raise _build_missing_error(place)
@@ -179,7 +179,7 @@ def _read_unpacked(file: Path, kind: str, header: bool) -> Rows:
         head = stream.peek(16)[:16]
         found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
         if found:
-            raise DataError(f"{file} is {found}, not {kind[1:]} as its suffix says",
+            raise DataError(f"{file} has the content of {found}, but the suffix .{kind[1:]}",
                             "give it the right suffix, or convert it")
         if not head.strip() and not stream.peek().strip():
             raise DataError(f"{file} is empty", "give a file with rows in it")
@@ -192,7 +192,8 @@ def _read_unpacked(file: Path, kind: str, header: bool) -> Rows:
 def _read_parquet(file: Path) -> Rows:
     with file.open("rb") as stream:
         if stream.read(4) != b"PAR1":
-            raise DataError(f"{file} is not Parquet as its suffix says", "give it the right suffix, or convert it")
+            raise DataError(f"{file} has the suffix .parquet but is not a Parquet file", "give it the right suffix, "
+                                                                                         "or convert it")
     import datasets
 
     try:

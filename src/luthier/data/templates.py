@@ -77,7 +77,7 @@ class ChatTemplate:
         source: the Jinja source that is rendered and saved.
         given: whether it is the tokenizer's own; otherwise it is the fallback.
         eos_added: whether `EOS_ADDED` was prepended.
-        folds_system: whether `SYSTEM_FOLDED` was prepended.
+        folds_system: whether `FOLD_SYSTEM` was prepended.
     """
 
     name: str
@@ -217,15 +217,15 @@ class ChatTemplate:
                     None)
 
     def opening(self, tools: Sequence[Turn] = ()) -> str:
-        """What stands before the words of an assistant that speaks first: all that two renderings, which differ in
-        nothing but these words, have in common at their beginnings. Raises `RenderError` where it may not."""
+        """The text before the content of a first assistant turn: the common prefix of two renderings that differ only
+        in this content. Raises `RenderError` if the template does not support it."""
         first, second = (self.render([{"role": "assistant", "content": content}], tools=tools)
                          for content in ("qqq", "jjj"))
         return first[:measure_common_prefix(first, second)]
 
 
 def measure_common_prefix(first: str, second: str) -> int:
-    """How many characters two texts share at their beginning."""
+    """Length of the common prefix of two texts."""
     if second.startswith(first):
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))
@@ -233,7 +233,7 @@ def measure_common_prefix(first: str, second: str) -> int:
 
 
 def _index_added_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
-    """Tokens that are looked for in a text as they stand, by their ids."""
+    """Tokens that are matched in a text before tokenization, by their ids."""
     return _read_added_tokens(tokenizer, len(tokenizer))
 
 
@@ -243,8 +243,8 @@ def _read_added_tokens(tokenizer: Tokenizer, size: int) -> Mapping[int, str]:
 
 
 def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
-    """The tokenizer's templates by name, each with a mark at the end of a turn; `default` stands first where there is
-    one, and a single template has this name."""
+    """The tokenizer's templates by name, each with an end-of-turn token. `default` is first if there is one; a single
+    template has this name."""
     given = tokenizer.chat_template
     sources: dict[str, str | None] = dict(given) if isinstance(given, Mapping) else {DEFAULT: given or None}
     names = sorted(sources, key=lambda name: (name != DEFAULT, name != TOOLS_TEMPLATE, name))
@@ -253,7 +253,7 @@ def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
 
 @lru_cache(maxsize=64)
 def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
-    """`source` as it is rendered. Cached: probing costs some twenty renderings."""
+    """The template for `source`, extended if necessary. Cached, because probing needs about twenty renderings."""
     found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
     if found.drops_answered_system:
         found = ChatTemplate(name, FOLD_SYSTEM + found.source, tokenizer, found.given, folds_system=True)
@@ -265,8 +265,8 @@ def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: 
 
 
 def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]], tools: bool) -> ChatTemplate:
-    """The template that renders all of `needs`, (role, key, value) each; where none does, the one that Transformers
-    takes: `tool_use` for a conversation with tools, else `default`, else the first."""
+    """The first template that renders all of `needs` (role, key, value). If none does, the one that Transformers uses:
+    `tool_use` for a conversation with tools, otherwise `default`, otherwise the first."""
     found = load_chat_templates(tokenizer)
     usual = found.get(TOOLS_TEMPLATE) if tools else None
     usual = usual or next(iter(found.values()))
@@ -275,15 +275,14 @@ def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]],
 
 
 def get_saved_chat_template(tokenizer: Tokenizer) -> Any:
-    """What a tokenizer's `chat_template` must be for other tools to render what was trained: a text, or several by
-    name."""
+    """The value of `chat_template` with which other tools render the trained format: a text, or several by name."""
     found = {name: template.source for name, template in load_chat_templates(tokenizer).items()}
     return found if isinstance(tokenizer.chat_template, Mapping) else found[DEFAULT]
 
 
 def find_stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer because a chat template ends a turn with them; the default template's first. Empty for
-    a tokenizer that brought no template."""
+    """The end-of-turn tokens of the tokenizer's own templates, which end an answer; the default template's first.
+    Empty for a tokenizer without a template."""
     templates = [template for template in load_chat_templates(tokenizer).values() if template.given]
     found = [*(template.stop_token for template in templates), *(template.call_stop_token for template in templates)]
     return tuple(dict.fromkeys(token for token in found if token is not None))

@@ -120,7 +120,7 @@ def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L: F-measure of the longest common subsequence of words.
 
     Definition: with L the length of the longest common subsequence of tokens, P = L / |answer| and R = L / |reference|,
-    the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is left out; each Chinese character or
+    the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is ignored; each Chinese character or
     Japanese kana is a token by itself.
     Range: 0 to 1. Two texts without tokens score 1; if only one has no tokens, 0. On ASCII text it equals the package
     rouge_score, which ignores other letters: Chinese text scores 0 there, and café is caf.
@@ -207,7 +207,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def _is_equal(left: Any, right: Any) -> bool:

@@ -44,7 +44,7 @@ def check_dtype(dtype: str | None, form: str) -> None:
 
 
 def check_rank(rank: int | str | None, form: str) -> None:
-    """Raises `RunError` for a rank that has no effect or is no positive integer."""
+    """Raises `RunError` for a rank that has no effect or is not a positive integer."""
     if rank is not None and form != "adapter":
         raise RunError(f"lora_rank {rank} has no effect on {form!r}", "omit --lora-rank, or export with --to adapter")
     if rank is not None and rank != "auto" and (not isinstance(rank, int) or rank < 1):

@@ -1,7 +1,7 @@
 """The model card: README.md of a run, and of every folder that is exported from it.
 
 A card is text made of plain facts (`ModelCardFacts`); `assembly/model_card_facts.py` collects them. Its code loads the
-folder that it lies in, head included, with the library that reads it: Sentence Transformers for text embeddings,
+folder that contains it, head included, with the library that reads it: Sentence Transformers for text embeddings,
 Transformers or PEFT for the rest, and Luthier for what neither of them supports. No local path is written.
 """
 
@@ -224,7 +224,7 @@ def _write_classifier_code(facts: ModelCardFacts, head: TaskHeadFacts) -> Iterat
         yield from ("side = model.config.image_size", "inputs = {\"pixel_values\": torch.zeros(1, "
                     "model.config.num_channels, side, side)}  # as the processor of the base makes them")
     else:
-        yield 'inputs = tokenizer("A text to judge.", return_tensors="pt")'
+        yield 'inputs = tokenizer("A text to classify.", return_tensors="pt")'
     yield from ("with torch.no_grad():", "    logits = model.eval()(**inputs).logits",
                 "print(logits)" if not labels else "print(model.config.id2label, logits)")
 

@@ -138,7 +138,7 @@ HOPELESS = {
     "plain.jsonl.xz": (b'{"text": "a"}\n', "cannot be read"),
     "words.json": (b"Dear diary", "is not JSON: it begins with 'Dear diary'"),
     "wide.txt": ("words".encode("utf-16"), "UTF-16"),
-    "words.parquet": (b"Dear diary", "is not Parquet"),
+    "words.parquet": (b"Dear diary", "is not a Parquet file"),
     "picture.bmp": (b"BM", "unknown suffix"),
     "twice.csv": (b"a,a\n1,2\n", "column 'a' twice"),
 }

@@ -75,8 +75,8 @@ def test_no_pad_token_is_added(llama: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [
     ("smollm", "did you mean 'smollm2'"), ("MiniLM", "did you mean 'minilm'"),
-    ("./nowhere", "no such file or folder"), ("nowhere.gguf", "no such file or folder"),
-    ("a/b/c", "no such file or folder"),
+    ("./nowhere", "file or folder not found"), ("nowhere.gguf", "file or folder not found"),
+    ("a/b/c", "file or folder not found"),
 ])
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(BaseError, match=message):

@@ -152,7 +152,7 @@ def get_prompt_and_reference(example: Example) -> tuple[tuple[Message, ...] | st
         return example.prompt, get_answer_text(example.answers[0])
     if isinstance(example, PromptExample):
         return example.prompt, str(example.metadata.get("reference", ""))
-    assert isinstance(example, UnpairedPreferenceExample), f"{type(example).__name__} holds no prompt"
+    assert isinstance(example, UnpairedPreferenceExample), f"{type(example).__name__} has no prompt"
     return example.prompt, get_answer_text(example.answer) if example.good else ""
 
 
