@@ -136,7 +136,7 @@ def test_a_bad_row_among_good_ones_is_counted_and_named(train: Call, wrong: str)
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "--json")
     assert code == 0
     assert f"train: {kept} of {len(rows)} rows kept" in err
-    assert f"train: 1 rejected: {words[0]}, the first a.jsonl:{line}\n" in err
+    assert f"train: 1 rejected: {words[0]}, first: a.jsonl:{line}\n" in err
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"]) == (len(rows), kept)
     (found,) = part["refused"]
@@ -153,7 +153,7 @@ def test_rows_that_are_too_long(train: Call) -> None:
     shutil.rmtree("run")
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "data.truncation=refuse")
     assert code == 0
-    assert "train: 1 rejected: longer than max_length, the first a.jsonl:2" in err
+    assert "train: 1 rejected: longer than max_length, first: a.jsonl:2" in err
     shutil.rmtree("run")
     Path("b.jsonl").write_text(jsonl([{"prompt": "q", "completion": "a" * 300}]))
     refused(train("--data", "b.jsonl", "data.truncation=refuse"), "none of the 1 train rows", "b.jsonl:1: longer than max_length", "at most 128")
@@ -193,8 +193,8 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
     words = ("data.train=a.jsonl", "data.streaming=true", "training.max_steps=3", "training.batch_size=1", "training.save_steps=1")
     code, _, err = train(*words)
     assert code == 0
-    told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 rejected: broken JSON, the first a.jsonl:2\n",
-            "train: 1 rejected: empty completion, the first a.jsonl:5\n")
+    told = ("train: 3 of 5 rows kept, 1 truncated, first: a.jsonl:4\n", "train: 1 rejected: broken JSON, first: a.jsonl:2\n",
+            "train: 1 rejected: empty completion, first: a.jsonl:5\n")
     assert all(line in err for line in told)
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"], part["truncated_rows"]) == (5, 3, ["a.jsonl:4"])

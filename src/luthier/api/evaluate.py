@@ -31,7 +31,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
         data: rows to use in place of the recipe's test (or validation) rows.
         metrics: scores of generated answers; default: those of the recipe.
-        max_samples: only the first so many rows.
+        max_samples: maximum number of rows.
         base_model_only: evaluate the base model instead, without the adapter.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         settings: they override the run's recipe, such as ``**{"data.columns": {...}}``.

@@ -90,9 +90,9 @@ class DataReport:
         said = []
         for name, part in self.parts.items():
             share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.trained else ""
-            cut = f", the first {part.truncated_rows[0]}" if part.truncated_rows else ""
+            cut = f", first: {part.truncated_rows[0]}" if part.truncated_rows else ""
             said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{cut}{share}")
-            where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
+            where = {r["reason"]: f", first: {r['file']}:{r['line']}" for r in reversed(part.refused)}
             said += [f"{name}: {count} rejected: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
             said += [f"{name}: {count} of {part.kept} rows: {remark}" for remark, count in part.remarks.items()]
@@ -104,8 +104,8 @@ class DataReport:
             said += [f"{name}: {count} rows changed or added by {change}" for change, count in part.augmented.items()]
             if part.duplicates:
                 first, second = part.duplicate_pairs[0]
-                said.append(f"{name}: {part.duplicates} exact duplicates kept, the first {second} of {first}")
-        said += [f"{name}: {o.count} prompts also in train, the first {o.pairs[0][0]} and {o.pairs[0][1]}"
+                said.append(f"{name}: {part.duplicates} exact duplicates kept, first: {second} of {first}")
+        said += [f"{name}: {o.count} prompts also in train, first: {o.pairs[0][0]} and {o.pairs[0][1]}"
                  for name, o in self.overlaps.items() if o.count]
         return said
 
