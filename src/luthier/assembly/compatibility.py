@@ -53,15 +53,15 @@ def check_compatibility(recipe: Recipe, base: Family) -> None:
     if isinstance(recipe.objective, PpoConfig | GrpoConfig):
         needs = needs | recipe.objective.rollout_outputs
         if not base.can_generate:
-            raise RecipeError(f"objective {name!r} learns from the base's own answers, and "
-                              f"{recipe.model.name_or_path!r} writes "
-                              "none", "choose a base that generates text, such as 'smollm2'")
+            raise RecipeError(f"objective {name!r} trains on generated answers, and "
+                              f"{recipe.model.name_or_path!r} cannot generate text",
+                              "choose a base that generates text, such as 'smollm2'")
     guesses = recipe.objective.uses_masking and base.structure.head is not None
     if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
-        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and "
-                          f"{recipe.model.name_or_path!r} predicts "
-                          "none", "choose an objective for whole texts or images, such as classify, or a base that "
-                                  "generates text, such as 'smollm2'")
+        raise RecipeError(f"objective {name!r} needs next-token probabilities, and "
+                          f"{recipe.model.name_or_path!r} does not predict them",
+                          "choose an objective for whole texts or images, such as classify, or a base that generates "
+                          "text, such as 'smollm2'")
     inside = next((part.name for part in list_parts(recipe.method) if isinstance(part, INSIDE)), None)
     if isinstance(recipe.objective, PpoConfig) and recipe.objective.critic == "adapter" and inside:
         raise RecipeError(f"objective.critic: adapter adds a second adapter, and method {inside!r} modifies the "
