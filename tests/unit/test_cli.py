@@ -272,7 +272,7 @@ def test_data_check_cuts_where_training_would(run: Callable[..., Output], tmp_pa
     """Without a max_length, at the base's context, here 256."""
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a" * 400}) + "\n")
     out = run("data", "check", str(tmp_path / "long.jsonl"), "--model", "base", "--out", str(tmp_path), "--quiet")[1]
-    assert "train: 1 of 1 rows kept, 1 truncated, the first" in out
+    assert "train: 1 of 1 rows kept, 1 truncated, first: " in out
     assert "256 to 256" in out
 
 
