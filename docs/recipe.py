@@ -49,8 +49,9 @@ HEAD = """# The recipe
 
 <!-- Made by docs/recipe.py from the config classes; change them, not this page. -->
 
-A recipe describes a whole run: as a YAML file, as a mapping in Python, or as settings on the command line. This page lists
-every setting with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for editors.
+A recipe describes a whole run: as a YAML file, as a mapping in Python, or as settings on the command line. This page
+lists every setting with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for
+editors.
 
 ```yaml
 model: smollm2
@@ -67,14 +68,15 @@ Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path
 `objective`; `data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or
 a source.
 
-Settings on the command line override a recipe. They are written `key=value`, with dots for nested keys; values are YAML:
+Settings on the command line override a recipe. They are written `key=value`, with dots for nested keys;
+values are YAML:
 
 ```bash
 luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact_match,contains]'
 ```
 
-An unknown key is an error that suggests the most similar known key. All errors of a recipe are reported together. A setting
-without an effect causes a warning. The run folder contains the recipe with the value of every setting.
+An unknown key is an error that suggests the most similar known key. All errors of a recipe are reported together. A
+setting without an effect causes a warning. The run folder contains the recipe with the value of every setting.
 """
 NOTES = {
     "`data`": "The column names of `columns`, and the formats: [data.md](data.md).",

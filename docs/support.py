@@ -24,11 +24,12 @@ HEAD = """# Supported combinations
 
 <!-- Made by docs/support.py from the trials of tests/trials.py; change those, not this page. -->
 
-The tests try each pair below on tiny random base models. They use the default settings except sizes, learning rates and steps.
+The tests try each pair below on tiny random base models, with default settings except sizes, learning rates and
+steps.
 
-* **yes**: the pair trains, and the loss on its rows decreases. Only the declared parameters change. A resumed run ends with the same
-  bits. In the first table, the reopened run folder also gives the same loss. For `ppo` and `grpo` the loss need not decrease, but the
-  method's parameters must change.
+* **yes**: the pair trains, and the loss on its rows decreases. Only the declared parameters change. A resumed run ends
+  with the same bits. In the first table, the reopened run folder also gives the same loss. For `ppo` and `grpo` the
+  loss need not decrease, but the method's parameters must change.
 * **a number**: the pair is an error before the first step. The numbered reasons are at the end of this page.
 
 A pair that trains is not always a good choice; see the pages of [methods and objectives](index.md).
