@@ -33,24 +33,25 @@ SECTIONS: dict[str, type[Config]] = {
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
     "`data.chat`": ChatConfig,
-    "`data.augment`: words": TextAugmentation, "`data.augment`: pictures": ImageAugmentation,
+    "`data.augment`: words": TextAugmentation, "`data.augment`: images": ImageAugmentation,
     "`data.augment`: mixup": MixupAugmentation,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
 }
 MEANT = {  # what no description in the code says
-    "training": "how long to train, in what portions, and what to keep",
+    "training": "length, batches, evaluation and checkpoints of the training",
     "optimizer": "AdamW and its schedule",
-    "evaluate": "how generated answers are measured",
-    "adam_beta1": "AdamW: decay of the gradient's running mean",
-    "adam_beta2": "AdamW: decay of the squared gradient's running mean",
-    "epsilon": "AdamW: added to the root in the denominator",
+    "evaluate": "how generated answers are scored",
+    "adam_beta1": "AdamW: decay of the moving average of gradients",
+    "adam_beta2": "AdamW: decay of the moving average of squared gradients",
+    "epsilon": "AdamW: added to the denominator",
 }
 HEAD = """# The recipe
 
 <!-- Made by docs/recipe.py from the config classes; change them, not this page. -->
 
-A recipe is a whole run as data: a YAML file, a mapping in Python, or settings on the command line. Every setting stands
-below with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for editors.
+A recipe describes a whole run: as a YAML file, as a mapping in Python, or as settings on the command line. This page
+lists every setting with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for
+editors.
 
 ```yaml
 model: smollm2
@@ -67,22 +68,23 @@ Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path
 `objective`; `data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or
 a source.
 
-Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
+Settings on the command line override a recipe. They are written `key=value`, with dots for nested keys;
+values are YAML:
 
 ```bash
 luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact_match,contains]'
 ```
 
-An unknown key is refused with its nearest neighbor, and all of a recipe's errors come at once. A setting that can have
-no effect is warned of. The run folder keeps the recipe with every setting spelt out.
+An unknown key is an error that suggests the most similar known key. All errors of a recipe are reported together. A
+setting without an effect causes a warning. The run folder contains the recipe with the value of every setting.
 """
 NOTES = {
-    "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
-    "`model`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
-    "`model.surgery`": "With examples: [adaptation](adaptation.md#another-structure).",
-    "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
-    "`training`": "`batch_size` changes what is learned; `max_tokens_per_micro_batch`, the "
-                  "memory a step takes, never does.",
+    "`data`": "The column names of `columns`, and the formats: [data.md](data.md).",
+    "`model`": "Quantized base models: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
+    "`model.surgery`": "Examples: [adaptation](adaptation.md#change-the-structure).",
+    "`objective.reward` of ppo and grpo": "Your own reward functions: [PPO](objectives/ppo.md#rewards).",
+    "`training`": "`batch_size` affects the result. `max_tokens_per_micro_batch` affects only the "
+                  "memory of a step.",
     "`evaluate`": "What each metric means: [metrics.md](metrics.md).",
 }
 
@@ -100,7 +102,7 @@ def rows(config: type[Config]) -> Iterator[str]:
     described = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.getdoc(config) or "", re.MULTILINE)
     told = {name: " ".join(words.split()) for name, words in described}
     for name, field in config.model_fields.items():
-        meaning = field.description or told.get(name) or MEANT.get(name) or "which one this is"
+        meaning = field.description or told.get(name) or MEANT.get(name) or "selects this entry"
         default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
         cells = (f"`{name}`", typed(field.annotation), default, meaning.rstrip("."))
         yield "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
@@ -110,7 +112,7 @@ def shown(default: Any) -> str:
     """A default as YAML would have it."""
     if isinstance(default, Config):
         name = vars(default).get("name", vars(default).get("name_or_path"))
-        return f"`{name}`" if name else "of its own"
+        return f"`{name}`" if name else "see its section"
     if default is None:
         return "none"
     if isinstance(default, bool):

@@ -20,18 +20,19 @@ from trials import BASES, ELSEWHERE, FAMILIES, OBJECTIVE_NAMES, SIMPLEST, Pair, 
 
 PAGE = Path(__file__).with_suffix(".md")
 LONGEST = 150  # of a reason on the page
-HEAD = """# What goes with what
+HEAD = """# Supported combinations
 
 <!-- Made by docs/support.py from the trials of tests/trials.py; change those, not this page. -->
 
-Each pair below is tried by the tests on tiny random bases, with a recipe's own defaults but for sizes, rates and steps.
+The tests try each pair below on tiny random base models, with default settings except sizes, learning rates and
+steps.
 
-* **yes**: it trains, and the loss on its rows falls; nothing changes but what it says it trains; it goes on from a
-  checkpoint to the same bits. In the first table also: the run folder, opened again, gives the same loss. Of `ppo` and
-  `grpo` the loss need not fall; the method's parameters must have moved.
-* **a number**: it is refused before the first step, for the reason of that number, below.
+* **yes**: the pair trains, and the loss on its rows decreases. Only the declared parameters change. A resumed run ends
+  with the same bits. In the first table, the reopened run folder also gives the same loss. For `ppo` and `grpo` the
+  loss need not decrease, but the method's parameters must change.
+* **a number**: the pair is an error before the first step. The numbered reasons are at the end of this page.
 
-That a pair trains does not say that it is a good choice; the pages of [methods and objectives](index.md) do.
+A pair that trains is not always a good choice; see the pages of [methods and objectives](index.md).
 """
 
 

@@ -1,4 +1,4 @@
-"""Luthier fine-tunes pretrained models with every method worth knowing, on one mechanism.
+"""Luthier fine-tunes pretrained models: many methods, objectives and model families, in any combination.
 
     import luthier
     run = luthier.train(model="smollm2", data="mine.jsonl", method="lora")

@@ -1,4 +1,4 @@
-"""Four verbs for your own training loop: `forward_backward`, `optimizer_step`, `sample`, `save`.
+"""Four functions for your own training loop: `forward_backward`, `optimizer_step`, `sample`, `save`.
 
     from luthier import loop
 
@@ -57,15 +57,15 @@ def start(**settings: Any) -> Session:
     """Load a model and attach a method.
 
     Args:
-        settings: as in a recipe, without data: ``model``, ``method``, ``objective``, ``optimizer``, ``seed``.
+        settings: those of a recipe without data: ``model``, ``method``, ``objective``, ``optimizer``, ``seed``.
 
     Raises:
         RecipeError: a wrong setting, or an objective that samples its own data (ppo, grpo).
     """
     recipe = assembly.build_recipe({"data": "-"}, {key: value for key, value in settings.items() if value is not None})
     if recipe.objective.is_online:
-        raise RecipeError(f"objective {recipe.objective.name!r} samples its own training data, which a loop over rows "
-                          "does not", "use luthier.train for it")
+        raise RecipeError(f"objective {recipe.objective.name!r} samples its own training data, which luthier.loop "
+                          f"does not support", "use luthier.train for it")
     seed_everything(recipe.seed)
     family = load_family(recipe.model, recipe.objective.uses_masking)
     check_loaded_model(recipe, family)
@@ -73,7 +73,7 @@ def start(**settings: Any) -> Session:
 
 
 class Session:
-    """A model that trains, row by row. Make it by `start`.
+    """A model in training, one call at a time. Create it with `start`.
 
     Attributes:
         recipe: its settings.
@@ -93,19 +93,21 @@ class Session:
     @property
     def tuner(self) -> Tuner:
         if self._tuner is None:
-            raise RecipeError("nothing trains before the first rows: their classes decide the heads of some objectives",
+            raise RecipeError("there is no tuner before the first rows, because their classes decide the heads of "
+                              "some objectives",
                               "call forward_backward first")
         return self._tuner
 
     def forward_backward(self, rows: Rows) -> dict[str, float]:
         """Add the gradient of the summed loss of `rows`; returns the mean loss and the metrics of these rows.
 
-        Several calls before `optimizer_step` have the gradient of one call with all rows, except for objectives whose
-        rows depend on each other (contrastive, kto): there each call is a batch of its own.
+        Several calls before `optimizer_step` give the gradient of one call with all rows. Exception: for objectives
+        whose rows depend on each other (contrastive, kto), each call is a separate batch.
 
         Args:
-            rows: in any format of docs/data.md; all of one format. For `classify` name all classes in
-                ``objective.labels``, or have them all in the first call.
+            rows: in any format of docs/data.md, all in the same one. For `classify`, list all classes in
+            ``objective.labels``, or
+                include all of them in the first call.
 
         Raises:
             DataError: a row cannot be used; the message has its number and the reason.
@@ -136,7 +138,7 @@ class Session:
             ``grad_norm`` before clipping, and ``learning_rate``.
         """
         if self._optimizer is None or not self._count:
-            raise RecipeError("optimizer_step without a gradient", "call forward_backward first")
+            raise RecipeError("optimizer_step was called without a gradient", "call forward_backward first")
         optimizer = self._optimizer
         for parameter in optimizer.parameters.values():
             if parameter.grad is not None:
@@ -153,7 +155,7 @@ class Session:
 
     def sample(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], sampling: SamplingParams | None = None
                ) -> list[str]:
-        """Completions of the model as it is now.
+        """Completions of the current model.
 
         Args:
             prompts: user messages, or conversations as lists of ``{"role": ..., "content": ...}``.

@@ -85,24 +85,24 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "not UTF-8": ("a.jsonl", jsonl([row(1)]).replace("question", "Frage nach Käse").encode("latin-1"), ("a.jsonl:1: not UTF-8",)),
     "UTF-16": ("a.jsonl", jsonl([row(1)]).encode("utf-16"), ("UTF-16", "convert it")),
     "no text": ("a.jsonl", jsonl([{"prompt": 3, "completion": ["x"]}]), ("none of the 1 train rows", "a.jsonl:1")),
-    "not objects": ("a.jsonl", "3\n[1, 2]\n", ("a.jsonl:1: not an object", "this is int", "a.jsonl:2")),
-    "a missing column": ("a.jsonl", jsonl([{"question": "q", "answer": "a"}]), ("'question', 'answer' fit no known format", "`columns: {prompt: question")),
+    "not objects": ("a.jsonl", "3\n[1, 2]\n", ("a.jsonl:1: not an object", "not int", "a.jsonl:2")),
+    "a missing column": ("a.jsonl", jsonl([{"question": "q", "answer": "a"}]), ("'question', 'answer' match no known format", "`columns: {prompt: question")),
     "a missing column in a table": ("a.csv", "question,answer\nq,a\n", ("a.csv:2", "'question', 'answer'", "columns:")),
     "pairs": ("a.jsonl", jsonl([{"prompt": "q", "chosen": "a", "rejected": "b"}]), ("(PreferenceExample)", "choose an objective that reads them: ")),
-    "no assistant": ("a.jsonl", jsonl([{"messages": [{"role": "user", "content": "q"}]}]), ("a.jsonl:1: no assistant's turn",)),
+    "no assistant": ("a.jsonl", jsonl([{"messages": [{"role": "user", "content": "q"}]}]), ("a.jsonl:1: no assistant turn",)),
     "no weight": ("a.jsonl", jsonl([row(1, weight=0)]), ("a.jsonl:1: nothing to train on",)),
     "all cut off": ("a.jsonl", jsonl([{"prompt": "q" * 300, "completion": "a"}]), ("a.jsonl:1: nothing to train on", "max_length=128")),
     "an unknown suffix": ("a.xls", "x", ("'.xls'", "known: .json .jsonl")),
-    "a header and no row": ("a.csv", "prompt,completion\n", ("a.csv: there is no row in it", "below the header line")),
-    "an empty array": ("a.json", "[]", ("a.json: there is no row in it",)),
-    "an array of scalars": ("a.json", '[1, "x"]', ("a.json:1: not an object", "this is int")),
-    "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "parted by ';'", "with commas")),
-    "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "parted by ','")),
+    "a header and no row": ("a.csv", "prompt,completion\n", ("a.csv: the file has no rows", "below the header line")),
+    "an empty array": ("a.json", "[]", ("a.json: the file has no rows",)),
+    "an array of scalars": ("a.json", '[1, "x"]', ("a.json:1: not an object", "not int")),
+    "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "separated by ';'", "with commas")),
+    "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "separated by ','")),
     "a header that never closes": ("a.csv", '"prompt,completion\nq,a\n', ("a.csv:1: the header line cannot be read", "close its quotes")),
-    "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to lie within 'data'")),
+    "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to be inside the column 'data'")),
     "columns in capitals": ("a.jsonl", jsonl([{"Prompt": "q", " Completion": "a"}]), ("`columns: {prompt: 'Prompt', completion: ' Completion'}`",)),
     "old Mac line ends": ("a.jsonl", jsonl([row(1), row(2)]).replace("\n", "\r"), ("a.jsonl:1: broken JSON (Extra data",)),
-    "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "get it anew")),
+    "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "download it again")),
     "an empty archive": ("a.jsonl.gz", b"\x1f\x8b\x08", ("a.jsonl.gz cannot be read",)),
 }
 
@@ -118,10 +118,10 @@ def test_a_file_that_cannot_be_trained_on(train: Call, wrong: str) -> None:
 ROWS: dict[str, tuple[list[Any], int, int, tuple[str, ...]]] = {  # rows, kept, line of the bad one, words about it
     "broken JSON": ([row(1), '{"prompt": "cut of', row(2)], 2, 2, ("broken JSON",)),
     "another type": ([row(1), row(2), {"prompt": 7, "completion": "a"}], 2, 3, ("prompt is not text", "it is int")),
-    "another format": ([row(1), {"messages": [{"role": "user", "content": "q"}]}], 1, 2, ("no prompt", "format is completion")),
+    "another format": ([row(1), {"messages": [{"role": "user", "content": "q"}]}], 1, 2, ("no prompt", "format of the file is completion")),
     "a stranger first": ([{"q": 1}, row(1), row(2)], 2, 1, ("columns of no known format",)),
     "an empty answer": ([row(1), {"prompt": "q", "completion": " "}], 1, 2, ("empty completion",)),
-    "a key twice": ([row(1), '{"prompt": "a", "prompt": "b", "completion": "c"}'], 1, 2, ("broken JSON", "the key 'prompt' stands twice")),
+    "a key twice": ([row(1), '{"prompt": "a", "prompt": "b", "completion": "c"}'], 1, 2, ("broken JSON", "the key 'prompt' occurs twice")),
     "NaN for an answer": (['{"prompt": "a", "completion": NaN}', row(1)], 1, 1, ("completion is not text",)),
     "a weight of NaN": (['{"prompt": "a", "completion": "b", "weight": NaN}', row(1)], 1, 1, ("weight is not a finite number from 0 up",)),
     "null for a row": (["null", row(1)], 1, 1, ("not an object",)),
@@ -136,7 +136,7 @@ def test_a_bad_row_among_good_ones_is_counted_and_named(train: Call, wrong: str)
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "--json")
     assert code == 0
     assert f"train: {kept} of {len(rows)} rows kept" in err
-    assert f"train: 1 refused: {words[0]}, the first a.jsonl:{line}\n" in err
+    assert f"train: 1 rejected: {words[0]}, first: a.jsonl:{line}\n" in err
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"]) == (len(rows), kept)
     (found,) = part["refused"]
@@ -153,7 +153,7 @@ def test_rows_that_are_too_long(train: Call) -> None:
     shutil.rmtree("run")
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "data.truncation=refuse")
     assert code == 0
-    assert "train: 1 refused: longer than max_length, the first a.jsonl:2" in err
+    assert "train: 1 rejected: longer than max_length, first: a.jsonl:2" in err
     shutil.rmtree("run")
     Path("b.jsonl").write_text(jsonl([{"prompt": "q", "completion": "a" * 300}]))
     refused(train("--data", "b.jsonl", "data.truncation=refuse"), "none of the 1 train rows", "b.jsonl:1: longer than max_length", "at most 128")
@@ -182,8 +182,8 @@ def test_windows_line_ends_and_a_byte_order_mark_are_no_fault(train: Call) -> No
 
 def test_no_row_to_evaluate_on_and_none_in_a_stream(train: Call) -> None:
     Path("none.csv").write_text("prompt,completion\n")
-    refused(train("data.eval=none.csv"), "none.csv: there is no row in it")
-    refused(train("data.train=none.csv", "data.streaming=true"), "none.csv: there is no row in it")
+    refused(train("data.eval=none.csv"), "none.csv: the file has no rows")
+    refused(train("data.train=none.csv", "data.streaming=true"), "none.csv: the file has no rows")
 
 
 def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
@@ -193,8 +193,8 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
     words = ("data.train=a.jsonl", "data.streaming=true", "training.max_steps=3", "training.batch_size=1", "training.save_steps=1")
     code, _, err = train(*words)
     assert code == 0
-    told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 refused: broken JSON, the first a.jsonl:2\n",
-            "train: 1 refused: empty completion, the first a.jsonl:5\n")
+    told = ("train: 3 of 5 rows kept, 1 truncated, first: a.jsonl:4\n", "train: 1 rejected: broken JSON, first: a.jsonl:2\n",
+            "train: 1 rejected: empty completion, first: a.jsonl:5\n")
     assert all(line in err for line in told)
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"], part["truncated_rows"]) == (5, 3, ["a.jsonl:4"])
@@ -209,7 +209,7 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
 def test_a_right_answer_that_no_metric_can_read_is_told_before_any_work(train: Call) -> None:
     Path("t.jsonl").write_text(jsonl([row(1, completion='{"a": 1}'), row(2)]))
     refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before_training=false"),
-            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "fix the row")
+            "t.jsonl:2: the reference 'answer 2' is not JSON (metric json_equal)", "fix the row")
     assert not Path("run").exists()
 
 
@@ -223,7 +223,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(train: Call, monkeypatch: p
         raise ConnectionError("Couldn't reach 'owner/rows' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = refused(train("--data", "owner/rows"), "'owner/rows' is no file or folder here", "Couldn't reach", "the network; or give a file")
+    message = refused(train("--data", "owner/rows"), "'owner/rows' is not a file or folder", "Couldn't reach", "the network connection, or give a file")
     assert "Retrying" not in message
 
 
@@ -235,8 +235,8 @@ def test_the_remedy_for_columns_is_one(train: Call) -> None:
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.api.train.load_family", never)
-    refused(train("--data", "row.jsonl"), "there is no file row.jsonl", "did you mean rows.jsonl?")
-    refused(train("data.test=tets.jsonl"), "there is no file tets.jsonl")
+    refused(train("--data", "row.jsonl"), "file row.jsonl not found", "did you mean rows.jsonl?")
+    refused(train("data.test=tets.jsonl"), "file tets.jsonl not found")
     refused(train("data.eval=deep/down/eval.jsonl"), "deep/down/eval.jsonl")
     assert not Path("run").exists()
 
@@ -325,10 +325,10 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     Path("tabs.yaml").write_text("model: x\nmethod:\n\tname: lora\n")
     refused(call("train", "tabs.yaml"), "line 3", "fix the YAML")
     Path("twice.yaml").write_text("data: rows.jsonl\nmethod: lora\nmethod: full\n")
-    refused(call("train", "twice.yaml"), "the key 'method' stands twice", "line 3")
+    refused(call("train", "twice.yaml"), "the key 'method' occurs twice", "line 3")
     refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")
     refused(call("train", "."), "'.' is a folder", "--resume RUN")
-    refused(call("train", "none.yaml"), "there is no recipe 'none.yaml'", "recipes here: ", "recipe.yaml")
+    refused(call("train", "none.yaml"), "recipe 'none.yaml' not found", "recipes here: ", "recipe.yaml")
     refused(call("train", "--resume", "none"), "'none' is not a run folder (it has no recipe.yaml)")
     assert not Path("runs").exists()
 
@@ -454,7 +454,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
             patch.setattr("matplotlib.figure.Figure.savefig", picture_fails())
         else:
             refuse_at(patch, run_folder.Path, "write_text", lambda path, text: "README" in path.name)
-        message = refused(train("--quiet"), os.strerror(errno.ENOSPC), "free some space", "resume")
+        message = refused(train("--quiet"), os.strerror(errno.ENOSPC), "free disk space", "resume")
         assert "run" in message
     last = 2 if place in ("checkpoint", "metrics") else 4
     saved, damaged = checkpoint.find_latest(Path("run/checkpoints"))

@@ -71,8 +71,8 @@ def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "settings", "words"), [
-    ("bitfit", {}, "neither Transformers nor PEFT knows bitfit"), (["lora", "ia3"], {}, "nor PEFT knows lora\\+ia3"),
-    ({"name": "lora", "use_dora": True}, {}, "reads no magnitudes of DoRA"), ("adalora", {}, "no ranks of AdaLoRA"), ("prompt", {}, "no virtual tokens \\(prompt\\)"), ("full", {}, "it is a whole model without one"),
+    ("bitfit", {}, "neither Transformers nor PEFT supports bitfit"), (["lora", "ia3"], {}, "nor PEFT supports lora\\+ia3"),
+    ({"name": "lora", "use_dora": True}, {}, "does not read magnitudes of DoRA"), ("adalora", {}, "does not read ranks of AdaLoRA"), ("prompt", {}, "does not support virtual tokens \\(prompt\\)"), ("full", {}, "it is a full model without an adapter"),
     ("lora", {"objective": "classify"}, "no 'score', the head of objective 'classify'")])
 def test_what_cannot_be_carried_is_refused(method: Any, settings: dict[str, Any], words: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", method, **settings)

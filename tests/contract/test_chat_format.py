@@ -101,7 +101,7 @@ def test_a_run_of_bare_prompts_is_asked_bare(tmp_path: Path, template: Any, sett
     run = train(tmp_path, make_base(tmp_path / "base", template), PAIRS, **settings)
     (talk,) = open_chat(run, max_new_tokens=20, quiet=True)
     assert "".join(talk.say("hi")) == " yo"
-    with pytest.raises(RecipeError, match="tuned on bare prompts"):
+    with pytest.raises(RecipeError, match="trained on plain prompts"):
         list(talk.say("more"))
     served = load_served_models({"run": run})
     assert served.encode_chat("run", [Message("user", "hi")]) == served.encode_text("run", "hi")

@@ -181,7 +181,7 @@ def test_a_variant_without_a_form_for_experts_is_refused(settings: dict[str, Any
 
 
 def test_a_dense_model_has_no_experts() -> None:
-    with pytest.raises(RecipeError, match="'experts' matches no linear map"):
+    with pytest.raises(RecipeError, match="'experts' matches no linear layer"):
         attach(base("llama"))
 
 

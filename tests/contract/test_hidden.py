@@ -315,7 +315,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 
     refused(BaseError, r"bare'.* its files hold no masked-language-modeling head \(cls\.", model=str(tmp_path / "bare"))
     refused(BaseError, r"t5' has no sentinels", model=str(tmp_path / "t5"))
-    refused(RecipeError, "predicts none", objective="sft")
+    refused(RecipeError, "does not predict them", objective="sft")
     refused(RecipeError, r"objective.mean_noise_span_length 5.0 has no effect on .*base': models of this kind do not use", objective={"name": "pretrain", "mean_noise_span_length": 5})
     refused(RecipeError, r"objective.mlm_probability 0.3 has no effect on .*llama': causal language models do not use", model=str(tmp_path / "llama"),
             objective={"name": "pretrain", "mlm_probability": 0.3})

@@ -131,7 +131,7 @@ BASES: dict[str, tuple[Callable[[Home], None], bool, str | None]] = {
     "one flipped bit": (flip_a_bit, False, r"its weights should have the sha256 [0-9a-f]{16}, and [0-9a-f]{16} was found"),
     "other config": (other_config, False, r"its config should have the sha256 [0-9a-f]{16}, and [0-9a-f]{16} was found"),
     "moved and named": (move, True, None),
-    "moved and not named": (move, False, "there is no such file or folder"),
+    "moved and not named": (move, False, "file or folder not found"),
     "moved, another in its place": (move_beside_another, False, "its weights should have the sha256"),
     "moved, another in its place, named": (move_beside_another, True, None),
 }
@@ -214,7 +214,7 @@ def test_a_run_of_an_older_version_opens_with_a_note(home: Home, tmp_path: Path,
     (old / "results.json").write_text("{}")
     assert main(["evaluate", str(old), "--json"]) == 0
     out, words = capsys.readouterr()
-    assert "was made before digests of bases were kept" in words
+    assert "has no digests of its base" in words
     assert json.loads(out) == luthier.evaluate(home.run, quiet=True)
 
 
@@ -248,7 +248,7 @@ def test_a_bank_takes_runs_of_the_base_that_it_is_given(home: Home) -> None:
 def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", "--data", home.rows, "--base-model", str(home.base)], ["chat", str(home.base) + "/x.gguf", "--base-model", "y"]):
         assert main(words) == 2
-    with pytest.raises(luthier.LuthierError, match="is a base itself"):
+    with pytest.raises(luthier.LuthierError, match="is itself a base model"):
         open_run(luthier.Run("smollm2"), base_model="x")
 
 

@@ -202,11 +202,11 @@ def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, c
     rows = [*CHAT[:3], "not json", {"prompt": "q"}, {"prompt": "q", "completion": 5}]
     code, _, err = call(rows, "sft", "training.max_steps=1", "data.eval=0.3")
     assert code == 0, err
-    told = sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line)
+    told = sorted(line.partition(": ")[2] for line in err.splitlines() if " rejected: " in line)
     assert len(told) >= 2
     assert main(["evaluate", "run", "--data", str(tmp_path / "rows.jsonl"), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line) == told
+    assert sorted(line.partition(": ")[2] for line in err.splitlines() if " rejected: " in line) == told
     found = json.loads(out)
     assert found["measured_on"] == "data"
     assert found["examples"] == found["rows"]["kept"] == 3
@@ -221,4 +221,4 @@ def test_columns_that_match_nothing_are_told(call: Call) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
     for columns, there in (("data.columns={system: sys}", True), ("data.columns={prompt: prompt}", False)):
         _, _, err = call(rows, "sft", "training.max_steps=1", columns, f"output_dir=run-{there}")
-        assert ("data.columns names 'sys', which no row has" in err) == there, err
+        assert ("data.columns maps 'sys', which is in no row" in err) == there, err

@@ -217,7 +217,7 @@ def widths(attached: Any) -> dict[str, int]:
 
 @KIND
 def test_a_target_that_matches_nothing_is_an_error(kind: str) -> None:
-    with pytest.raises(RecipeError, match="'qq_proj' matches no linear map"):
+    with pytest.raises(RecipeError, match="'qq_proj' matches no linear layer"):
         attach(base(kind), "lora", target_modules=("o", "qq_proj"))
 
 

@@ -238,7 +238,7 @@ def test_the_cursor_is_exact_and_knows_the_mixtures(home: Path) -> None:
             assert (a is None and b is None) or (torch.equal(a.ids, b.ids) and torch.equal(a.shares, b.shares))
             assert torch.equal(mine.target.soft_labels, theirs.target.soft_labels)
     less = [replace(e, spans=(replace(e.spans[0], mix=replace(e.spans[0].mix, share=e.spans[0].mix.share * 0.5)),)) if e.spans[0].mix else e for e in encoded]
-    with pytest.raises(DataError, match="not what this run was trained on"):
+    with pytest.raises(DataError, match="differs from the data that this run was trained on"):
         InMemoryBatchSource(less, 4, 60, seed=2).load(saved)
 
 
@@ -251,7 +251,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monk
     home = prepare(tmp_path)
     for base in ("llama", "bert", "t5", "vit"):
         assert trial(home, base, "lora", "classify") == ""
-    assert "mixup mixes labels too, and objective 'sft'" in trial(home, "llama", "lora", "sft")
+    assert "mixup mixes labels, and objective 'sft'" in trial(home, "llama", "lora", "sft")
     assert "objective 'contrastive'" in trial(home, "bert", "lora", "contrastive")
     assert "objective 'reward'" in trial(home, "llama", "lora", "reward")
 
@@ -281,10 +281,10 @@ def test_pictures_are_mixed_as_their_pixels_are(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_mixed_is_told(home: Path) -> None:
-    with pytest.raises(DataError, match="knows no mixup for TokenClassificationExample"):
+    with pytest.raises(DataError, match="mixup does not support TokenClassificationExample"):
         rows(home, "mixup", given=[{"words": ["a", "b"], "tags": ["X", "Y"]}] * 2)
-    with pytest.raises(DataError, match="mixup mixes two rows, and there is one"):
+    with pytest.raises(DataError, match="mixup needs two rows, and there is one"):
         rows(home, "mixup", given=ROWS[:1])
-    with pytest.raises(RecipeError, match="mixup is named once"):
+    with pytest.raises(RecipeError, match="mixup may be given only once"):
         DataConfig.parse({"train": "x", "augment": ["mixup", {"name": "mixup"}]})
     assert not OBJECTIVES["classify"](task="tokens").supports_soft_labels

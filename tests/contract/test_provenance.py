@@ -212,7 +212,7 @@ RESUMED: dict[str, tuple[Callable[[Path], None], str, str]] = {  # change, refus
     "schedule": (lambda run: edit(run, optimizer__warmup_ratio=0.5), "optimizer.warmup_ratio: ", ""),
     "what decides nothing": (lambda run: edit(run, training__save_total_limit=7), "", "recipe.yaml has changed since the checkpoint"),
     "metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "", "metrics.jsonl has changed since the checkpoint"),
-    "the run to start from": (other_start, "has other weights than when this run began", ""),
+    "the run to start from": (other_start, "its weights have changed since this run started", ""),
 }
 
 

@@ -292,7 +292,7 @@ def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> 
         train(recipe(home), **words)
     assert within(work) == -signal.SIGKILL
     rows.write_text(rows.read_text().replace("yes 2", "no 2"))
-    with pytest.raises(ValueError, match="the data is not what this run was trained on"):
+    with pytest.raises(ValueError, match="the data differs from the data that this run was trained on"):
         train(recipe(home), resume=True, **words)
 
 
@@ -317,7 +317,7 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(whole)]) == 0
     out, err = capsys.readouterr()
-    assert f"{whole} is finished after {STEPS} steps" in err
+    assert f"{whole} is already finished after {STEPS} steps" in err
     assert "Traceback" not in err
     assert str(whole) in out
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
@@ -363,7 +363,7 @@ def test_a_run_that_stopped_early_stays_stopped(home: Path, tmp_path: Path) -> N
     assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], "save_tuned", 0), **stopped) == -signal.SIGKILL
     assert begin(home, folder, resume=True, **stopped) == 0
     assert Run(folder).results["steps"] == steps
-    assert Run(folder).results["stopped"] == "no better evaluation in 1 of them"
+    assert Run(folder).results["stopped"] == "evaluations without improvement: 1"
     assert equal(tmp_path / "whole", folder)
 
 

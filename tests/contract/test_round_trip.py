@@ -197,11 +197,11 @@ LAWS = (law_prompt, law_own_words, law_nothing_lost, law_plain_text, law_one_ope
 
 # What a template refuses, by its kind: two turns in a row of one role cannot be written by those that demand turns.
 REFUSED = {
-    **{(kind, shape): "the chat template refuses it" for kind in ("gemma", "mistral", "mistral_v3")
+    **{(kind, shape): "the chat template raises an error" for kind in ("gemma", "mistral", "mistral_v3")
        for shape in ("opening", "opening behind a system turn", "alone")},
     ("mistral_v3", "call"): "a turn that the chat template does not render",  # what is said beside a call
     **{("mistral_v3", shape): "a key that the chat template needs is missing" for shape in ("silent call", "old call")},
-    **{("deepseek_v31", shape): "thoughts that the chat template does not render" for shape in ("thoughts", "thoughts twice")},
+    **{("deepseek_v31", shape): "reasoning that the chat template does not render" for shape in ("thoughts", "thoughts twice")},
 }
 
 

@@ -89,9 +89,9 @@ def test_a_chat_is_asked_up_to_the_first_answer() -> None:
 
 def test_what_asks_nothing_is_refused() -> None:
     for example in (TextExample("only text", Origin("lab", 1)), CompletionExample(" ", "an answer", Origin("lab", 1))):
-        assert encoded(example).reason == "nothing is asked"
+        assert encoded(example).reason == "there is no source text"
     chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
-    assert encoded(chat, loss_on="all").reason == "nothing is asked"
+    assert encoded(chat, loss_on="all").reason == "there is no source text"
 
 
 def test_answers_that_are_compared_share_their_source() -> None:

@@ -173,7 +173,7 @@ def test_a_map_that_mixes_queries_and_keys_head_by_head_is_not_taken_apart() -> 
 
 
 def test_ia3_says_what_it_does_not_find_or_read() -> None:
-    with pytest.raises(RecipeError, match="'qq' matches no linear map"):
+    with pytest.raises(RecipeError, match="'qq' matches no linear layer"):
         attach(base("llama"), "ia3", target_modules=("qq",))
     plain = peft.IA3Config(**LLAMA_IA3).to_dict()
     assert READERS["IA3"].from_peft(plain).parse(READERS["IA3"].from_peft(plain).model_dump()).feedforward_modules
@@ -282,7 +282,7 @@ def test_bitfits_choices() -> None:
         "0.self_attn.o_proj.bitfit", "1.mlp.up_proj.bitfit", "1.self_attn.o_proj.bitfit"]
     with pytest.raises(RecipeError, match="norms of this model have no biases"):
         attach(base("llama"), "bitfit", bias_scope="norms")
-    with pytest.raises(RecipeError, match="'qq' matches no linear map"):
+    with pytest.raises(RecipeError, match="'qq' matches no linear layer"):
         attach(base("llama"), "bitfit", bias_scope=("qq",))
 
 

@@ -29,9 +29,9 @@ VERDICTS: dict[Pair, str] = {}
 def reason(base: str, method: str, objective: str) -> str:
     """Words by which the pair must be refused; empty where it must work."""
     if objective in ("ppo", "grpo") and base in (*ENCODERS, *VISIONS):
-        return "learns from the base's own answers"
+        return "trains on generated answers"
     if base in (*ENCODERS, *VISIONS) and objective not in WHOLE and (base in VISIONS or objective != "pretrain"):
-        return "predicts none"
+        return "does not predict them"
     if base in VISIONS and objective == "reward":
         return "the base takes images"
     if method == "peft" and base == "gpt2":

@@ -90,7 +90,7 @@ def test_what_peft_would_compute_otherwise_is_said_and_refused(method: str, tmp_
     run = train(tmp_path, "classes", {"name": method, "num_virtual_tokens": 2})
     front, code, text = parts(run.path)
     assert front["library_name"] == "luthier"
-    assert "opened by Luthier" in text
+    assert "Load this folder with Luthier" in text
     monkeypatch.chdir(run.path)
     exec(code, {})
     with pytest.raises(LuthierError, match="virtual tokens"):

@@ -121,7 +121,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact_match'"]),
     (["train", "recipe.yaml", "training.report_to=[wanbd]"], ["did you mean 'wandb'"]),
     (["train", "recipe.yaml", "seed=[1"], ["is not YAML"]),
-    (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
+    (["train", "nothing.yaml"], ["recipe 'nothing.yaml' not found"]),
     (["train", "recipe.yaml", "--reume"], ["no option '--reume'", "did you mean '--resume'"]),
     (["train", "recipe.yaml", "other.yaml"], ["takes one recipe"]),
     (["train", "--resume"], ["needs a run folder"]),
@@ -188,7 +188,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
     got, out, err = run(*words)
     assert (got, out) == (code, "")
     assert f"luthier train --resume {folder}" in err
-    assert "has not ended" in run("chat", folder, "--message", "x")[2]
+    assert "is not finished" in run("chat", folder, "--message", "x")[2]
     monkeypatch.undo()
     assert run("train", "--resume", folder, "--quiet")[0] == 0
     steps = [m["step"] for m in luthier.Run(folder).metrics if "loss" in m]
@@ -272,7 +272,7 @@ def test_data_check_cuts_where_training_would(run: Callable[..., Output], tmp_pa
     """Without a max_length, at the base's context, here 256."""
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a" * 400}) + "\n")
     out = run("data", "check", str(tmp_path / "long.jsonl"), "--model", "base", "--out", str(tmp_path), "--quiet")[1]
-    assert "train: 1 of 1 rows kept, 1 truncated, the first" in out
+    assert "train: 1 of 1 rows kept, 1 truncated, first: " in out
     assert "256 to 256" in out
 
 

@@ -121,7 +121,7 @@ def test_a_probe_separates_what_is_separable() -> None:
     assert fit_linear_probe(states[:80], truth[:80], shuffled, truth[80:])["accuracy"] < 0.9
     with pytest.raises(RecipeError, match="two classes"):
         fit_linear_probe(states[:2], ["a", "a"], states, truth)
-    with pytest.raises(RecipeError, match="one class for each row"):
+    with pytest.raises(RecipeError, match="one class per row"):
         fit_linear_probe(states[:2], [("a", "b"), ("a",)], states, truth)
 
 

@@ -115,5 +115,5 @@ def test_ways_are_spelt(home: Path) -> None:
         build_variant(made, "lorra")
     with pytest.raises(RecipeError, match="'nf5'"):
         build_variant(made, "lora@nf5")
-    with pytest.raises(RecipeError, match="times nothing"):
+    with pytest.raises(RecipeError, match="measures no time"):
         plan(made, ["lora"], steps=1, quiet=True)

@@ -72,7 +72,7 @@ def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | Non
         recipe, base, tuner = open_run(run if isinstance(run, Run) else Run(run), False, base_model,
                                        partial(print_line, quiet=quiet))
     if not isinstance(base, assembly.CausalLM):
-        raise RecipeError(f"{str(run)!r} has the base {recipe.model.name_or_path!r}, which cannot chat",
+        raise RecipeError(f"{str(run)!r} has the base {recipe.model.name_or_path!r}, which cannot generate text",
                           "chat with a causal language model, such as 'smollm2'")
     if compare and tuner is None:
         raise RecipeError(f"{str(run)!r} is a full model without an adapter, so there is no base model to compare with",

@@ -46,8 +46,9 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
     Args:
         recipe: a YAML file; its method and learning rate are ignored.
         methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
-        general: retention data: rows unrelated to the task, which show what was forgotten. Measured are the perplexity
-            of texts and chats, the accuracy of multiple-choice questions.
+        retention_data: rows unrelated to the task, which show what was forgotten: the perplexity of texts and chats,
+        or the
+            accuracy of multiple-choice questions.
         allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe in every run.
 
@@ -111,9 +112,10 @@ class _RetentionData:
 
 
 def _load_retention_data(recipe: Recipe, rows: str) -> _RetentionData:
-    """How to evaluate `rows`. Raises `RecipeError` where runs of this recipe cannot be evaluated on them."""
+    """How to evaluate `rows`. Raises `RecipeError` if runs of this recipe cannot be evaluated on them."""
     if "token_logps" not in recipe.objective.required_outputs or recipe.objective.heads:
-        raise RecipeError(f"--general {rows!r}: objective {recipe.objective.name!r} trains no language model, so "
+        raise RecipeError(f"--retention-data {rows!r}: objective {recipe.objective.name!r} trains no language model, "
+                          f"so "
                           "forgetting cannot be measured on other text", "omit --general")
     for _, lines in assembly.rows.read_source(rows):
         for example in assembly.rows.read_examples(lines):

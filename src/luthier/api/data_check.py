@@ -62,7 +62,7 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         plot_lengths(datasets.report.parts, folder / "lengths.png")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
-                       "name another folder with --out") from error
+                       "give another folder with --out") from error
     shown = tuple(assembly.rows.format_preview(example, tokenizer, datasets.labels)
                   for example in datasets.train[:previews])
     return DataCheck(datasets.report, shown, report_file, folder / "lengths.png")

@@ -36,7 +36,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
         data: rows to use in place of the recipe's test (or validation) rows.
         metrics: scores of generated answers; default: those of the recipe.
-        max_samples: only the first so many rows.
+        max_samples: maximum number of rows.
         base_model_only: evaluate the base model instead, without the adapter.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         allow_code: files, modules, URLs or base models whose code the run's recipe may run (`core/consent.py`).
@@ -64,12 +64,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         _print_report(datasets.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
-                          "name some: luthier evaluate RUN --data FILE")
+                          "give rows: luthier evaluate RUN --data FILE")
     if recipe.evaluate.max_samples:
         encoded = encoded[:recipe.evaluate.max_samples]
     if base_model_only and tuner is None:
         raise RecipeError("the run holds a full model, so it does not contain the base model",
-                          f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
+                          f"evaluate the base model itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
     reference = _build_reference(run, recorded, recipe, family, tuner)
     family.train(False)
     with tuner.disabled() if base_model_only and tuner else nullcontext():

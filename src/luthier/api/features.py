@@ -57,7 +57,7 @@ def extract_features(model: Run | Path | str, data: str, *, out: Path | str | No
         settings: they override the recipe, such as ``**{"model.pooling": "mean", "data.max_length": 128}``.
 
     Raises:
-        RunError: `out` holds other features, or is no .safetensors file.
+        RunError: `out` holds other features, or is not a .safetensors file.
         LuthierError: the base or the rows cannot be read.
     """
     report = partial(print_line, quiet=quiet)
@@ -68,13 +68,14 @@ def extract_features(model: Run | Path | str, data: str, *, out: Path | str | No
         return _compute_features(recipe, run, quiet, base_model)
     file = Path(out)
     if file.suffix != ".safetensors":
-        raise RunError(f"features are written to a .safetensors file, not to {str(file)!r}", "use that suffix")
+        raise RunError(f"features are written to a .safetensors file, not to {str(file)!r}", "use the suffix "
+                                                                                             ".safetensors")
     sidecar, fingerprint = file.with_suffix(".json"), _describe_features(recipe, run)
     if file.exists():
         saved = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
         if saved.get("made_of") != fingerprint:
             raise RunError(f"{str(file)!r} holds features of another base, other rows or other settings",
-                           "remove it, or name another file with --out")
+                           "remove it, or give another file with --out")
         return load_file(file)["features"].numpy(), saved["labels"]
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +90,13 @@ def extract_features(model: Run | Path | str, data: str, *, out: Path | str | No
 def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels) -> dict[str, float]:
     """A logistic regression on standardized states: its accuracy on the training rows and on other rows.
 
-    Raises: `MissingExtra` without scikit-learn; `RecipeError` where labels are no single classes, or are all equal.
+    Raises: `MissingExtra` without scikit-learn; `RecipeError` if labels are not single classes, or are all equal.
     """
     if find_spec("sklearn") is None:
         raise MissingExtra("scikit-learn", "features", "a linear probe")
     unusable = next((label for label in [*labels, *truth] if label is None or isinstance(label, tuple | list)), "")
     if unusable != "":
-        raise RecipeError(f"a linear probe learns one class for each row, and a row has {unusable!r}",
+        raise RecipeError(f"a linear probe needs one class per row, and a row has the label {unusable!r}",
                           "train a head on these rows instead: luthier train --objective classify")
     if len(set(labels)) < 2:
         raise RecipeError(f"all {len(labels)} rows have the label {labels[0]!r}", "give rows of two classes or more")

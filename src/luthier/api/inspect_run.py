@@ -44,8 +44,8 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
         recipe, family, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     readings = assembly.diagnose(tuner, family.structure) if tuner else []
     if not readings:
-        raise RunError(f"{str(run.path)!r} was trained with {get_method_name(recipe)}, whose weights have no readable "
-                       "form", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
+        raise RunError(f"{str(run.path)!r} was trained with {get_method_name(recipe)}, for which there are no "
+                       f"diagnostics", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
     report: dict[str, Any] = {"output_dir": str(run.path), "method": get_method_name(recipe), "readings": [],
                              "picture": None}
     initial = _init_method_again(run, recipe, family, tuner) if any(r.kind == "words" for r in readings) else []

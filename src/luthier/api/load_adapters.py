@@ -27,7 +27,7 @@ class MultiAdapterModel:
     """A base model and the adapters of the runs trained on it.
 
     Attributes:
-        family: the base model; `using` selects the active adapter.
+        family: the base model; `use_adapter` selects the active adapter.
         manager: the adapters by name; none is active at first.
     """
 
@@ -52,9 +52,8 @@ class MultiAdapterModel:
         """Generate answers to user messages in one batch, each with its own adapter.
 
         Args:
-            adapters: one for each prompt, None for the base model; or one for all. Default: the adapter that `using`
-                selected.
-            sampling: default: greedy decoding of at most 256 tokens.
+            adapters: one for each prompt, None for the base model; or one for all. Default: the adapter that
+            `use_adapter` selected. sampling: default: greedy decoding of at most 256 tokens.
         """
         choice = self._active if adapters is None else adapters
         names = [choice] * len(prompts) if choice is None or isinstance(choice, str) else list(choice)
@@ -87,13 +86,13 @@ def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapt
     family = load_family(config)
     if not isinstance(family, assembly.CausalLM):
         raise RunError(f"{base!r} is not a causal language model, so it cannot generate answers",
-                       "open its runs one by one: luthier evaluate RUN")
+                       "evaluate its runs one by one: luthier evaluate RUN")
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
     recipes = {name: assembly.load_recipe(run.require_exists()) for name, run in folders.items()}
     for name, recipe in recipes.items():
         if conflict := describe_model_conflict(folders[name], config):
-            raise RecipeError(f"the run {name!r} was made on {recipe.model.name_or_path!r}, not on "
+            raise RecipeError(f"the run {name!r} was trained on {recipe.model.name_or_path!r}, not on "
                               f"{base!r}: {conflict}",
-                              "open it with the runs of its own base")
+                              "load it with runs of the same base")
     return MultiAdapterModel(family, attach_runs(family, folders),
                              {name: build_prompt_format(run, recipes[name]) for name, run in folders.items()})

@@ -24,9 +24,10 @@ def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights
         out: the new run folder.
         allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         weights: one for each run; default: 1 for each.
-        how: `sum`, exact, at the smallest get_rank that represents it; `concatenation`, exact, the ranks add up; `svd`,
-            the best approximation of `get_rank`.
-        get_rank: for `svd`; default: the largest get_rank of the runs.
+        combination_type: `linear`, exact, at the smallest rank that represents the sum; `cat`, exact, the ranks add
+        up; `svd`,
+            the best approximation with `rank`.
+        rank: for `svd`; default: the largest rank of the runs.
         base_model: where the base of the runs is now, if it was moved.
 
     Returns:
@@ -36,7 +37,7 @@ def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights
         RecipeError: runs that cannot be summed, or settings that do not fit together.
     """
     if not runs:
-        raise RecipeError("no run to combine was named", "luthier merge-adapters RUN_A RUN_B --out DIR")
+        raise RecipeError("no run was given to merge", "luthier merge-adapters RUN_A RUN_B --out DIR")
     folders = [run if isinstance(run, Run) else Run(run) for run in runs]
     return adapter_merging.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), combination_type,
                                           rank,

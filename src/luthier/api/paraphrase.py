@@ -1,10 +1,10 @@
 """The verb `paraphrase`: a file of rows paraphrased by a model, to train on together with the original rows.
 
-    ask     one prompt template, or several: the output of each is the input of the next. Two templates can translate a
-            text and translate it back (Sennrich et al. 2016, arXiv:1511.06709, section 3).
+    With several prompt templates, the output of each is the input of the next: two templates can translate a text and
+    translate it back (Sennrich et al. 2016, arXiv:1511.06709, section 3).
 
 The output depends only on the model, the rows, the templates and the seed. Rows whose output is empty, unchanged or
-cut off are left out and counted. Read `chat.py` first.
+truncated are dropped and counted. Read `chat.py` first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     Raises:
         RecipeError: a template without `{text}`, or a model that cannot generate.
         DataError: no row has the column.
-        RunError: `out` exists, or is no `.jsonl` file.
+        RunError: `out` exists, or is not a `.jsonl` file.
     """
     templates, target = [prompt_template] if isinstance(prompt_template, str) else list(prompt_template), Path(out)
     invalid = next((template for template in templates if "{text}" not in template), None if templates else "nothing")
@@ -55,7 +55,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         raise RecipeError(f"the prompt template {invalid!r} has no {{text}}", "write {text} where the text goes")
     if target.suffix != ".jsonl" or target.exists():
         raise RunError(f"rows are written to a new .jsonl file, not to {str(target)!r}",
-                       "name another file with --out")
+                       "give another file with --out")
     rows, unread = [], 0
     for _, group in assembly.rows.read_source(file):
         for row in group:
@@ -63,7 +63,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
             rows += [dict(row.values)] if usable and isinstance(row, assembly.rows.Row) else []
             unread += not usable
     if not rows:
-        raise DataError(f"no row of {file} has text in a column {column!r}", "name a column of texts with --column")
+        raise DataError(f"no row of {file} has text in a column {column!r}", "give a column of texts with --column")
     rows = rows[:max_samples]
     with status("loading the model", quiet=quiet):
         _, base, _ = open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,

@@ -1,6 +1,6 @@
-"""The verb `plan`: which methods fit this machine and this data, before the long run. Read `api/compare.py` first.
+"""The verb `plan`: a dry run that estimates memory and time of several methods. Read `api/compare.py` first.
 
-Each method takes a few real steps on the recipe's own rows, in its own process; `planning/estimates.py` extends their
+Each method trains a few real steps on the recipe's own rows, in its own process; `planning/estimates.py` extends their
 seconds, peak memory and file size to the whole run. A method whose weights alone need more memory than is free is not
 started. Quality is not predicted: `compare` measures it.
 """
@@ -37,7 +37,7 @@ WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
          out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),
          **settings: Any) -> Run:
-    """Time methods on a recipe. Returns the folder with `plan.json`, `.md` and `.png`.
+    """Estimate memory and time of each method and recommend one. Returns the folder with `plan.json`, `.md` and `.png`.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` are complete; its method and rate are ignored.
@@ -51,7 +51,9 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
         RunError: the folder cannot be written.
     """
     if steps < 2:
-        raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
+        raise RecipeError(f"a trial of {steps} steps measures no time, because the first step is a warm-up", "give at "
+                                                                                                             "least 2 "
+                                                                                                             "steps")
     config = read_recipe(recipe, settings)
     variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
     available_gb = available_memory_gb(select_device(config))
@@ -96,7 +98,7 @@ def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, ava
     code, output = train_in_child_process(raw, run, [code.name for code in list_code(recipe)])
     if code:
         killed = code < 0 or code == 137
-        reason = "killed by the system, as when memory runs out" if killed else output.removeprefix("error: ")
+        reason = "killed by the system, probably because memory ran out" if killed else output.removeprefix("error: ")
         return {"why": reason, "fits": False if killed else None}
     trial, held_out = Run(run), recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
     return summarize_trial(trial.metrics, trial.results, available_gb, recipe.training.max_steps,

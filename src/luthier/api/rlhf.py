@@ -108,7 +108,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}", "name a YAML file") from None
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}", "give a YAML file") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not parts", "see recipes/rlhf.yaml")
     return raw

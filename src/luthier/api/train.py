@@ -127,7 +127,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     check_trackers(config.training.report_to)
     run = Run(config.output_dir or _create_run_folder(config))
     if resume and _is_finished(run.require_exists(), config, quiet):
-        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
+        _print_line(quiet, f"{run.path} is already finished after {run.results['steps']} steps")
         return run
     with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
         if not resume and process_group.get_rank() == 0:
@@ -270,8 +270,8 @@ def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> R
     if base_model is None:
         return recipe
     if not resume and recipe.init_from is None:
-        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was trained, and "
-                          "this run is new", "name its base as model.name_or_path (--model)")
+        raise RecipeError(f"base_model {base_model!r} gives the new path of an existing run's base, and this run is "
+                          f"new", "set its base as model.name_or_path (--model)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
                                                                           "revision": None})})
 
@@ -375,7 +375,7 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 
 def _create_run_folder(recipe: Recipe) -> str:
-    """runs/<method>-<base>, with a number where that exists; the same folder on all ranks."""
+    """runs/<method>-<base>, with a number if that exists; the same folder on all ranks."""
     stem = Path("runs") / f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
     return process_group.broadcast_object(str(create_numbered_folder(stem)) if process_group.get_rank() == 0 else "")
 

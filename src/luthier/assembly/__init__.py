@@ -1,12 +1,12 @@
-"""Recipe to objects: the only package that sees models, methods, objectives and data together.
+"""Builds the objects of a recipe: the only package that imports models, methods, objectives and data.
 
     recipe -> base -> family -> tuner -> data -> batches
 
-Assembly is a straight line: the result of each line is an argument of the next. Nothing here trains or prints. Read
-`core/protocols.py` first, then `recipe.py`, `factory.py`, `run_io.py`; verbs import these modules directly.
+Each step uses the result of the previous one. Nothing here trains or prints. Read
+`core/protocols.py` first, then `recipe.py`, `factory.py`, `run_io.py`; `luthier.api` imports these modules directly.
 
-This file holds the little that verbs need of packages that they must not import themselves (data, models, methods,
-rl), and the functions that every script needs to read and write a recipe.
+This file re-exports names of packages that `luthier.api` must not import (data, models, methods, rl), and the
+functions that read and write recipes.
 """
 
 from luthier import data as rows

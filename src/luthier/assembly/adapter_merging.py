@@ -33,7 +33,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
             raise RecipeError(f"{str(run.path)!r} was trained on {recipe.model.name_or_path!r}, and "
                               f"{str(runs[0].path)!r} "
                               "on "
-                              f"{first.model.name_or_path!r}: {conflict}", "combine runs of one base")
+                              f"{first.model.name_or_path!r}: {conflict}", "merge runs of one base")
         if has_saved_heads(recipe.objective):
             raise RecipeError(f"{str(run.path)!r} has its own heads ({recipe.objective.name}), and heads of several "
                               "runs cannot be summed", "load them together: luthier.load_adapters")
@@ -41,9 +41,9 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
     manager = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
     loras = [tuner for tuner in manager.adapters.values() if isinstance(tuner, Lora)]
     if len(loras) < len(runs):
-        raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
-            f"{run.path} is of {recipe.method.name}" for run, recipe in zip(runs, recipes, strict=True)),
-            "stack others by their weights: luthier.load_adapters and use_adapter({...})")
+        raise RecipeError("only runs of the method lora can be merged: " + ", ".join(
+            f"{run.path} has the method {recipe.method.name}" for run, recipe in zip(runs, recipes, strict=True)),
+            "use other methods with weights instead: luthier.load_adapters and use_adapter({...})")
     merged = merge_loras(loras, weights, combination_type, rank)
     recipe = first.model_copy(update={"method": merged.config, "init_from": None, "output_dir": str(out.path)})
     recipe = make_paths_absolute(recipe)

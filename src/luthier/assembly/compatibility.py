@@ -1,7 +1,7 @@
 """Refuses combinations of objective, method and base model that do not work, before training. Read `recipe.py` first.
 
-A method itself refuses a base model whose structure it cannot use, when it is attached. `datasets` refuses what the
-rows decide. `docs/support.md` is the table of all pairs.
+A method itself refuses a base model whose structure it cannot use, when it is attached. Checks that depend on the rows
+are in `factory.py`. `docs/support.md` is the table of all pairs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
-INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a manager could turn
+INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods that an adapter manager cannot disable
 
 
 def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
-    """Raises `RecipeError` where the base would train in float16.
+    """Raises `RecipeError` if the base would train in float16.
 
-    Its smallest number is 6e-8, and the loss of a step is divided by all of its weighted tokens: without loss scaling
-    the gradients of the states underflow, the more the larger the batch (of LoRA on SmolLM2, three tenths are 0 at
-    131,072 tokens), whatever the trained weights themselves are kept in. bfloat16 has the range of float32.
+    The smallest float16 number is 6e-8, and the loss of a step is divided by the number of its weighted tokens.
+    Without loss
+    scaling, gradients of hidden states underflow, more so in larger batches (LoRA on SmolLM2: 30% are 0 at 131,072
+    tokens). The dtype of the trained weights does not matter. bfloat16 has the range of float32.
 
     Args:
-        loaded: of the loaded base; left out: what the config says, before anything is loaded.
+        loaded: dtype of the loaded base; default: that of the config, before anything is loaded.
     """
     known = read_stored_dtype(config) if config.dtype == "auto" and loaded is None else None
     if config.dtype == "float16" or torch.float16 in (loaded, known):
@@ -44,7 +45,7 @@ def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
 
 
 def check_compatibility(recipe: Recipe, base: Family) -> None:
-    """Raises `RecipeError` where the base lacks what the objective needs, or the method keeps no reference model."""
+    """Raises `RecipeError` if the base does not support the objective, or if the method keeps no reference model."""
     weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(recipe.model, weight.dtype)
@@ -52,35 +53,35 @@ def check_compatibility(recipe: Recipe, base: Family) -> None:
     if isinstance(recipe.objective, PpoConfig | GrpoConfig):
         needs = needs | recipe.objective.rollout_outputs
         if not base.can_generate:
-            raise RecipeError(f"objective {name!r} learns from the base's own answers, and "
-                              f"{recipe.model.name_or_path!r} writes "
-                              "none", "choose a base that writes text, such as 'smollm2'")
+            raise RecipeError(f"objective {name!r} trains on generated answers, and "
+                              f"{recipe.model.name_or_path!r} cannot generate text",
+                              "choose a base that generates text, such as 'smollm2'")
     guesses = recipe.objective.uses_masking and base.structure.head is not None
     if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
-        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and "
-                          f"{recipe.model.name_or_path!r} predicts "
-                          "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
-                          "a base that writes text, such as 'smollm2'")
+        raise RecipeError(f"objective {name!r} needs next-token probabilities, and "
+                          f"{recipe.model.name_or_path!r} does not predict them",
+                          "choose an objective for whole texts or images, such as classify, or a base that generates "
+                          "text, such as 'smollm2'")
     inside = next((part.name for part in list_parts(recipe.method) if isinstance(part, INSIDE)), None)
     if isinstance(recipe.objective, PpoConfig) and recipe.objective.critic == "adapter" and inside:
-        raise RecipeError(f"objective.critic: adapter is a second adapter beside the policy's, and method {inside!r} "
-                          "works inside the base's own parts, which the two would share",
+        raise RecipeError(f"objective.critic: adapter adds a second adapter, and method {inside!r} modifies the "
+                          f"base's own modules, which both would share",
                           "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(recipe.objective, PretrainConfig):
         _check_masking(recipe.objective, recipe.model.name_or_path, base)
     if any(change.name == "mixup" for change in recipe.data.augment) and not recipe.objective.supports_soft_labels:
-        raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
-                          "use objective: classify (but for tags), or leave mixup out")
+        raise RecipeError(f"data.augment: mixup mixes labels, and objective {name!r} does not support mixed labels",
+                          "use objective: classify (without tags), or omit mixup")
     kept = all(part.model_dump().get("keep_base", True) for part in list_parts(recipe.method))
     compares = needs_reference(recipe.objective) and not precomputes_reference(recipe)
     if compares and recipe.init_from is None and not kept:
         without = "objective.kl_coef: 0" if isinstance(recipe.objective, PpoConfig) \
             else "objective.beta: 0" if isinstance(recipe.objective, GrpoConfig) \
             else "objective.precompute_reference: true"
-        raise RecipeError(f"method.keep_base: false, but method {recipe.method.name!r} changes the base's own weights, "
-                          f"and objective {name!r} compares it with the base as it was",
-                          "leave keep_base out, which costs one copy of what trains; or train an adapter "
-                          f"(method: lora); or do without a copy: {without}")
+        raise RecipeError(f"method.keep_base: false, but method {recipe.method.name!r} changes the base's own "
+                          f"weights, and objective {name!r} needs the original base as reference",
+                          "omit keep_base, which keeps one copy of the trained weights; or train an adapter (method: "
+                          f"lora); or avoid the copy: {without}")
 
 
 def _check_masking(objective: PretrainConfig, name: str, base: Family) -> None:

@@ -31,8 +31,8 @@ HEAD_LEARNING_RATE = 1e-3  # learning rate of an objective's heads while the met
 
 
 def load_family(config: ModelConfig, words: bool = False) -> Family:
-    """Load the base model; `words`: an encoder with its masked-language-model head (objectives with `uses_masking`).
-    Memory that only the loading needed is released."""
+    """Load the base model; `words`: load an encoder with its masked-language-model head (objectives with
+    `uses_masking`). Memory used only for loading is released."""
     base = open_family(config, words)
     if base.can_generate:
         base.chat_format = ChatFormat(rows.get_saved_chat_template(base.tokenizer),
@@ -77,11 +77,11 @@ def attach_heads(base: Family, tuner: Tuner, objective: Objective, seed: int,
 
 
 def fit_objective(recipe: Recipe, datasets: Datasets) -> Recipe:
-    """The recipe, its objective fitted to the classes of the training rows. Raises `RecipeError` where the objective
-    does not support these rows."""
+    """The recipe, its objective fitted to the classes of the training rows. Raises `RecipeError` if the objective does
+    not support these rows."""
     strange = datasets.kinds - recipe.objective.example_types
     if strange:
-        raise RecipeError(f"objective {recipe.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it "
+        raise RecipeError(f"objective {recipe.objective.name!r} does not support {', '.join(sorted(strange))}: it "
                           f"reads {', '.join(sorted(recipe.objective.example_types))}",
                           "choose an objective for these rows: " + ", ".join(
                               name for name, known in OBJECTIVES.items() if datasets.kinds <= known.example_types))
@@ -117,7 +117,7 @@ def check_loaded_model(recipe: Recipe, base: Family) -> None:
 
 
 def compute_text_length(method: AnyMethod, base: Family) -> int:
-    """Text tokens that fit into the context next to the virtual tokens. Raises `RecipeError` where none fit."""
+    """Number of text tokens that fit in the context next to the virtual tokens. Raises `RecipeError` if none fit."""
     context = base.structure.sizes["context"]
     virtual = sum(part.num_virtual_tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
     if virtual + 2 > context:
@@ -192,8 +192,8 @@ def resolve_data_config(recipe: Recipe, base: Family) -> DataConfig:
 
 
 def resolve_micro_batch_tokens(recipe: Recipe, base: Family) -> int:
-    """Positions of a micro-batch. Short rows fit a CPU's caches; a GPU is efficient only on large matrices.
-    A position is a token; for vision models an image, which has as many tokens as patches."""
+    """Maximum number of tokens of a micro-batch. Short rows fit in a CPU's caches; a GPU needs large matrices. For
+    vision models, an image counts its patches."""
     tokens = recipe.training.max_tokens_per_micro_batch or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.structure.sizes.get("unit", 1))
 
@@ -223,7 +223,7 @@ def build_eval_prompts(recipe: Recipe, base: Family, examples: Sequence[Example]
     if strange is not None:
         raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which has no answer "
                           "to generate",
-                          "omit evaluate.metrics, or name rows with prompts in data.test")
+                          "omit evaluate.metrics, or give rows with prompts in data.test")
     for example in examples[:recipe.evaluate.max_samples]:
         ids, reference = rows.encode_prompt(example, base.tokenizer, recipe.data)
         prompts.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
@@ -242,12 +242,13 @@ def _get_question_text(example: Example) -> str:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How the prompts of a run are written, as its rows were.
+    """How the prompts of a run are rendered, the same as its training rows.
 
     Args:
-        data: the settings that its rows were read with.
-        conversations: whether there were conversations among them; where the base has no chat template, they are
-            written by the fallback. Else a message is a bare prompt.
+        data: the data settings of the run.
+        conversations: whether its rows had conversations, which use the fallback template if the base has none.
+        Otherwise a
+            message is a plain prompt.
     """
 
     data: DataConfig = field(default_factory=lambda: DataConfig.parse({"train": "-"}))
@@ -256,21 +257,22 @@ class PromptFormat:
 
 def encode_chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
                        tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-    """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
-    for one that the base's chat template refuses, or that a run of bare prompts has no place for."""
+    """Token ids of a conversation that ends with a user turn, up to the start of the answer. Raises `RecipeError` if
+    the chat template cannot render it, or if the run was trained on plain prompts and it has several turns."""
     tokenizer = base.tokenizer
     if not form.conversations and not rows.uses_chat_template(tokenizer, form.data):
         if [message.role for message in messages] != ["user"] or tools:
             roles = ", ".join(message.role for message in messages)
-            raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and knows no conversations",
-                              "send one message of the user, without a system prompt or tools")
+            raise RecipeError(f"turns of {roles}: this model was trained on plain prompts and does not support "
+                              f"conversations",
+                              "send one user message, without a system prompt or tools")
         return rows.encode_prompt_text(messages[0].content, tokenizer, form.data).ids
     example = ChatExample((*messages, Message("assistant", "")), Origin("chat", 1), tools=tuple(tools))
     try:
         return rows.encode_prompt(example, tokenizer, form.data)[0]
     except rows.RenderError as fault:
-        raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
-                          "let user and assistant take turns, the user last") from fault
+        raise RecipeError(f"the base's chat template cannot render this conversation: {fault}",
+                          "alternate user and assistant turns, and end with a user turn") from fault
 
 
 def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:

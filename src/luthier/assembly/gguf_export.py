@@ -24,10 +24,10 @@ def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path:
     """Write the run's LoRA. Raises `RunError` for a run of another method."""
     _refuse_others(recipe, base)
     if not isinstance(tuner, Lora):
-        raise RunError(f"the run was tuned by {get_method_name(recipe)}, and llama.cpp's adapters are LoRAs",
+        raise RunError(f"the run was trained with {get_method_name(recipe)}, and llama.cpp supports only LoRA adapters",
                        "export the whole model with --to gguf")
     if tuner.config.use_dora:
-        raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
+        raise RunError("a DoRA rescales the whole weight, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
     changes = {layer.site.name: LoraDelta(*layer.get_factors(), layer.scale) for layer in tuner.layers}
     write_gguf_adapter(base, changes, path, name)
@@ -35,8 +35,8 @@ def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path:
 
 def _refuse_others(recipe: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
-        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written "
-                       "GGUF here", "export it with --to merged")
+        raise RunError(f"the base is not a causal language model ({base.structure.task}), and GGUF export supports "
+                       f"only those", "export it with --to merged")
     if has_saved_heads(recipe.objective):
-        raise RunError(f"the run has heads of its own ({recipe.objective.name}), which a GGUF file has no place for",
+        raise RunError(f"the run has task heads ({recipe.objective.name}), which a GGUF file cannot store",
                        "export it with --to adapter")

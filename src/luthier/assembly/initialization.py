@@ -1,8 +1,8 @@
 """Initializes the policy and the reference model, from the base or from an earlier run. Read `factory.py` and
 `run_io.py` first.
 
-With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train, and once, frozen, as the reference
-of objectives that need one (DPO, PPO). Both share one base. Without it, the reference is the base model.
+With `init_from: RUN` in the recipe, that run's adapter is loaded twice: once to train, and once, frozen, as the
+reference of objectives that need one (DPO, PPO). Both share one base. Without it, the reference is the base model.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
 
 
 def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
-    """The weights of the run that the recipe starts from. Raises `RecipeError` where base or method differ."""
+    """The weights of the run that the recipe starts from. Raises `RecipeError` if base or method differ."""
     start_recipe = load_recipe(require_adapter(start))
     other = [line for line in diff_recipes(start_recipe, fill_left_out(recipe, start_recipe))
              if line.startswith("method.")]
@@ -85,10 +85,10 @@ def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[s
         other.append(f"model.name_or_path: {start_recipe.model.name_or_path!r}, now {recipe.model.name_or_path!r}: "
                      f"{conflict}")
     if other:
-        raise RecipeError(f"start: the run {str(start.path)!r} was trained with another base or method:\n  "
+        raise RecipeError(f"init_from: the run {str(start.path)!r} was trained with another base or method:\n  "
                           + "\n  ".join(other),
-                          "leave base and method out of the recipe: they are taken from that run; a base that was "
-                          "moved is named by --base-model PATH (in Python: base_model=PATH)")
+                          "omit model and method in the recipe, which are then taken from that run; if the base was "
+                          "moved, give --base-model PATH (in Python: base_model=PATH)")
     return load_adapter_weights(start, base.structure)
 
 
@@ -97,6 +97,6 @@ def _load_method_weights(tuner: Tuner, saved: dict[str, Tensor], base: Family, w
     names = tuner.state().keys()
     named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
-    if whole:  # a folder of PEFT has no heads of ours: nothing in it may be ignored
+    if whole:  # a PEFT folder has no heads of Luthier: no tensor in it may be ignored
         left = drop_base_weights(left, {}, base.structure.model)
     tuner.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

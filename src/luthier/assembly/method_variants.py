@@ -26,10 +26,10 @@ def build_variant(recipe: Recipe, spelled: str) -> dict[str, Any]:
     names = methods.split("+")
     for name in names:
         if name not in METHODS:
-            raise RecipeError(f"there is no method {name!r}: {suggest_nearest(name, [*METHODS, *SHORT])}",
+            raise RecipeError(f"unknown method {name!r}: {suggest_nearest(name, [*METHODS, *SHORT])}",
                               "name methods")
     if bits and bits not in get_args(QuantizationType):
-        raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: "
+        raise RecipeError(f"{spelled!r}: unknown quantization {bits!r}: "
                           f"{suggest_nearest(bits, get_args(QuantizationType))}",
                           "write METHOD@nf4 or METHOD@int8")
     raw = dump_recipe(recipe)

@@ -53,7 +53,7 @@ class ServedModels:
     def get_adapter(self, name: str) -> str | None:
         """The adapter of a model. Raises `RecipeError` for an unknown name."""
         if name not in self.names:
-            raise RecipeError(f"there is no model {name!r}: {suggest_nearest(name, self.names)}",
+            raise RecipeError(f"unknown model {name!r}: {suggest_nearest(name, self.names)}",
                               "GET /v1/models lists them")
         return self.names[name]
 
@@ -79,8 +79,8 @@ class ServedModels:
             example = ClassificationExample(text, 0.0, Origin("input", number + 1))
             tokenized = rows.encode_example(example, self.base.tokenizer, config)
             if not isinstance(tokenized, list):
-                raise RecipeError(f"input {number} cannot be read: {tokenized}", "give texts of one word at least, and "
-                                  f"{self.context_lengths[name]} tokens at most")
+                raise RecipeError(f"input {number} cannot be read: {tokenized}",
+                                  f"give texts with at least one token and at most {self.context_lengths[name]} tokens")
             encoded.append(tokenized[0])
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.assign_rows(encoded, ROW):
@@ -93,8 +93,8 @@ class ServedModels:
 
 
 def display_name(place: Path | str) -> str:
-    """What a run or base is called after its path: its last part, of a file without the ending. A folder's name is
-    whole: what stands behind its last dot is no ending (Qwen2.5-0.5B).
+    """The name of a run or base from its path: the last part, for a file without the suffix. A folder name is kept
+    whole, because dots in it are not suffixes (Qwen2.5-0.5B).
 
     >>> display_name("runs/lora-0.1"), display_name("Qwen/Qwen2.5-0.5B"), display_name("models/tiny.Q4_1.gguf")
     ('lora-0.1', 'Qwen2.5-0.5B', 'tiny.Q4_1')
@@ -104,13 +104,13 @@ def display_name(place: Path | str) -> str:
 
 
 def _modifies_base(run: Run) -> bool:
-    """Whether the run's method works inside the base's own modules, which nothing else can then share."""
+    """Whether the run's method modifies the base's own modules, so that the base cannot be shared."""
     return any(isinstance(part, PeftConfig) for part in list_parts(load_recipe(run.require_exists()).method))
 
 
 def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,
                        report: Report = ignore) -> ServedModels:
-    """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
+    """Load the models to serve: one base or full model, or several runs of one base.
 
     Args:
         base_model: where their base is now, if it was moved.
@@ -121,14 +121,14 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
         RunError, BaseError: something cannot be read.
     """
     if not runs:
-        raise RecipeError("nothing to serve", "name a run folder or a base")
+        raise RecipeError("nothing to serve", "give a run folder or a base model")
     folders = {name: Run(path) for name, path in runs.items()}
     alone = next((name for name, run in folders.items() if run.adapter is None or _modifies_base(run)), None)
     if alone is not None and (len(folders) == 1 or folders[alone].adapter is None):
         if len(folders) > 1:
             whole = alone
-            raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
-                              "serve it by itself, on a port of its own")
+            raise RecipeError(f"{whole!r} is a full model, which cannot share a base with the others",
+                              "serve it separately, on another port")
         (name, run), = folders.items()
         recipe, base, _ = open_run(run, False, base_model, report)
         base.train(False)

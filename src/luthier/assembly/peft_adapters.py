@@ -33,11 +33,11 @@ TUNED = re.compile(r"\.(lora_A\.weight|lora_embedding_A|lora_A|lora_E|ia3_l)$")
 
 
 def read_method(form: Mapping[str, Any], run: Run | None = None) -> Any:
-    """The settings of the method that an adapter_config.json describes: PEFT's of a tuner, or our own of any method or
-    list. `run`: the folder, whose file of weights says which modules were changed.
+    """The method settings of an adapter_config.json, in PEFT's format or in Luthier's. `run`: the folder, whose weight
+    file shows which modules were changed.
 
     Raises:
-        RunError: the settings cannot be read, or are of a kind that is not read here.
+        RunError: the settings cannot be read, or are not supported.
     """
     try:
         if form.get("peft_type") == NATIVE_TYPE:
@@ -73,7 +73,7 @@ def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
     if run is None:
         return False
     changed = {TUNED.sub("", name) for name in list_stored_names(run) if TUNED.search(name)}
-    return any(not re.search(r"\.\d+\.", name) for name in changed)  # it stands in no layer: an embedding or a head
+    return any(not re.search(r"\.\d+\.", name) for name in changed)  # it is outside the layers: an embedding or a head
 
 
 def _refuse_heads(form: Mapping[str, Any]) -> None:
@@ -97,8 +97,8 @@ def load_adapter_weights(run: Run, structure: ModelStructure) -> dict[str, Tenso
     form, ports = run.adapter or {}, structure.injector
     has_plain_prefix = ports is not None and "prefix" in ports.peft_kinds
     if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and not has_plain_prefix:
-        raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
-                       "prefix leaves the window, and a prefix here is seen by every token",
+        raise RunError("PEFT's prefix on a base with sliding-window layers: there PEFT's prefix leaves the window, "
+                       "whereas in Luthier every token attends to the prefix",
                        "use it with PEFT, or train a prefix here")
     scalars = run.path / HEADS
     return load_file(run.path / WEIGHTS) | (load_file(scalars) if run.recipe and scalars.exists() else {})
@@ -115,10 +115,10 @@ def _check_weights(run: Run) -> None:
     file = run.path / WEIGHTS
     if not file.exists():
         if (run.path / PICKLED).exists():
-            raise RunError(f"{str(run.path)!r} has its weights as pickle ({PICKLED}) alone, and pickle is never loaded",
+            raise RunError(f"{str(run.path)!r} has only pickled weights ({PICKLED}), and pickle is never loaded",
                            "load it with PEFT and save it again: save_pretrained writes safetensors")
         raise RunError(f"{str(run.path)!r} has an adapter_config.json but no {WEIGHTS}",
-                       "resume the run (--resume) so that it ends, or copy the folder again")
+                       "finish the run (--resume), or copy the folder again")
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -132,7 +132,7 @@ def drop_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model
 
     Args:
         saved: by the names in the file.
-        own: what the method keeps, by the same names.
+        own: the method's tensors, by the same names.
         model: the bare base.
 
     Raises:

@@ -6,8 +6,8 @@
 | each checkpoint's state     | the same, the recipe itself, and length and digest of metrics.jsonl                 |
 | results.json, at the end    | the base, and digests of what was trained, of the recipe and of metrics.jsonl       |
 
-Another base is refused wherever a run is opened. A changed recipe, or another run to start from, is refused by
-`--resume`, whose result it decides. All other changes are reported.
+Another base is an error in every command that opens a run. A changed recipe, or another run in `init_from`, is an
+error for `--resume`, because it changes the result. All other changes are reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 METRICS = "metrics.jsonl"
 BASE_FILE = "base_model.json"  # in an exported adapter, which has no recipe
 TRAINED = ("*.safetensors", "adapter_config.json", "config.json")
-SHOWN = 16  # digits of a digest in a sentence
+SHOWN = 16  # digits of a digest in a message
 
 
 def ignore(line: str) -> None:
@@ -122,8 +122,8 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
         report(f"warning: {line}")
     if run.adapter is None:
         if base_model is not None:
-            raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
-                           "leave the base model out (--base-model)")
+            raise RunError(f"{str(run.path)!r} holds a full model, so it has no base model",
+                           "omit the base model (--base-model)")
         model = recipe.model
     else:
         model = check_base(run, recipe.model, base_model, report)
@@ -143,17 +143,15 @@ def check_base(run: Run, base: ModelConfig, base_model: str | None = None, repor
     kept = read_digests(run)
     if not kept:
         if run.recipe:
-            report(f"note: {str(run.path)!r} was made before digests of bases were kept: "
-                   f"the base {config.name_or_path!r} is "
-                   "used unchecked")
+            report(f"note: {str(run.path)!r} has no digests of its base: the base {config.name_or_path!r} is not "
+                   f"checked")
         if base_model is None:
             _find_model(run, config, prepare_folder)
         return config
     identity = _find_model(run, config, identify_base)
     if conflict := compare_digests(kept, identity.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name_or_path!r}: {conflict}",
-                        "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
-                        "base_model=PATH)")
+                        "give the base that it was trained on: --base-model PATH (in Python: base_model=PATH)")
     if (old := kept.get("tokenizer")) and old != identity.digests.get("tokenizer"):
         report(f"warning: tokenizer or chat template of the base {config.name_or_path!r} have changed since "
                f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {identity.digests['tokenizer'][:SHOWN]}): "
@@ -162,13 +160,13 @@ def check_base(run: Run, base: ModelConfig, base_model: str | None = None, repor
 
 
 def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], T]) -> T:
-    """`find(config)`; its error names the run and says how to give the base."""
+    """Calls `find(config)`; its error names the run and how to give the base."""
     try:
         return find(config)
     except BaseError as error:
         raise BaseError(f"the base of {str(run.path)!r} cannot be used: {error.what}",
-                        f"{error.remedy}; or name the place where that base is now: --base-model PATH (in Python: "
-                        "base_model=PATH)") from error
+                        f"{error.remedy}; or give the present path of that base: --base-model PATH (in Python: "
+                        f"base_model=PATH)") from error
 
 
 def read_digests(run: Run) -> Mapping[str, str]:
@@ -238,8 +236,8 @@ def list_changes(run: Run) -> list[str]:
         changes.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
     changes += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(load_recipe(run)) != (run.provenance.get("runs_sha256") or {}):
-        changes.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) was removed, or its "
-                       "weights have changed")
+        changes.append(f"a run that {run.path / 'recipe.yaml'} names (init_from, objective.reward) was removed, or "
+                       f"its weights have changed")
     return changes
 
 
@@ -258,13 +256,13 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     if compute_json_sha256(run.recipe) != record["recipe_sha256"]:
         if lines := diff_recipes(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
-                           + "\n  ".join(lines), "put these settings back, or start another run (output_dir=NAME)")
+                           + "\n  ".join(lines), "restore these settings, or start another run (output_dir=NAME)")
         report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
                "result")
     if _digest_runs(Recipe.parse(run.recipe)) != (record["runs_sha256"] or {}):
-        raise RunError(f"{str(run.path)!r}: a run that it starts from or is rewarded by (start, objective.reward) is "
-                       "not there any more, or has other weights than when this run began",
-                       "put it back as it was, or start another run (output_dir=NAME)")
+        raise RunError(f"{str(run.path)!r}: a run that its recipe names (init_from, objective.reward) was removed, or "
+                       f"its weights have changed since this run started",
+                       "restore it, or start another run (output_dir=NAME)")
     for line in _describe_changed_metrics(run, record["metrics"], "the checkpoint"):
         report(f"warning: {line}")
 
@@ -276,9 +274,9 @@ def check_runs(recipe: Recipe, report: Report) -> None:
         return
     start = Run(recipe.init_from).require_exists()
     if conflict := describe_model_conflict(start, recipe.model):
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
+        raise RecipeError(f"init_from: the run {str(start.path)!r} was trained on another base:\n  model.name_or_path: "
                           f"{load_recipe(start).model.name_or_path!r}, now {recipe.model.name_or_path!r}: {conflict}",
-                          "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
+                          "omit model in the recipe, which is then taken from that run; if the base was moved, give "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
@@ -310,7 +308,7 @@ def list_differences(run: Run, recipe: Recipe) -> list[str]:
 
 
 def _make_absolute(recipe: Recipe, known: Collection[str] = ()) -> Recipe:
-    """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
+    """As `make_paths_absolute`, for a recipe whose files may not exist; `known` are absolute paths that existed."""
     base = recipe.model
     if Path(base.name_or_path).expanduser().exists() and is_local_path(base.name_or_path):
         base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})

@@ -40,12 +40,12 @@ AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), CompositeConfig),
                                  Field(discriminator="name")]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
-# The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
+# Prefixes of settings that may change when a run is resumed: they do not affect what is learned.
 FREE = ("output_dir", "evaluate.", "model.device", "data.test", "method.keep_base", "training.load_best_model_at_end",
         "training.max_tokens_per_micro_batch", "training.gradient_checkpointing", "training.save_steps",
         "training.save_total_limit", "training.load_best_model_at_end", "training.report_to",
         "objective.labels")  # the data has its own digest
-SHORT = {  # the setting that a bare value stands for; elsewhere: name
+SHORT = {  # the field that a plain value sets; elsewhere: name
     "model": "name_or_path", "data": "train", "train": "path", "eval": "path", "test": "path"}
 
 class Recipe(Config):
@@ -55,18 +55,20 @@ class Recipe(Config):
     model: ModelConfig = Field(ModelConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
     objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="the training objective")
-    data: DataConfig = Field(description="what is trained and evaluated on")
+    data: DataConfig = Field(description="training, validation and test rows")
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random number generators")
-    init_from: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is "
-                                                "the reference; model and method are that run's")
-    output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+    init_from: str | None = Field(None, description="a run to start from: training continues from its adapter, and a "
+                                                    "frozen copy is the reference; model and method are those of that "
+                                                    "run")
+    output_dir: str | None = Field(None, description="the run folder; default: runs/<method>-<base>, with a number if "
+                                                     "that exists")
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str = "") -> Self:
-        """`raw` as a recipe. Raises one `RecipeError` with all faults; a name of another tool is answered with ours."""
+        """`raw` as a recipe. Raises one `RecipeError` with all errors; for names of other tools it gives ours."""
         raw, renamed = take_renamed(accept_peft_names(raw), _list_fields(raw))
         if not renamed:
             return super().parse(raw, where)
@@ -81,7 +83,7 @@ class Recipe(Config):
     def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
         if info.field_name == "method" and isinstance(given, list | tuple):
             if not given:
-                raise ValueError("an empty list trains nothing; name a method")
+                raise ValueError("the list of methods is empty; give at least one method")
             given = {"name": "composite", "parts": list(given)} if len(given) > 1 else given[0]
         key = SHORT.get(str(info.field_name), "name")
         if isinstance(given, dict):  # settings without a name are those of the default
@@ -109,9 +111,9 @@ def _list_fields(raw: Mapping[str, Any]) -> dict[str, frozenset[str]]:
 
 def build_recipe(source: str | Path | Mapping[str, Any] | Recipe | None,
                  settings: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
+    """A recipe from a file, a mapping or nothing; `settings` (nested, or dotted keys) override it.
 
-    Raises one `RecipeError` that names every fault.
+    Raises one `RecipeError` with all errors.
     """
     if isinstance(source, Recipe):
         source = dump_recipe(source)
@@ -124,16 +126,16 @@ def build_recipe(source: str | Path | Mapping[str, Any] | Recipe | None,
 
 
 def _check_answers(recipe: Recipe) -> Recipe:
-    """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
+    """Returns the recipe. Raises `RecipeError` for metrics of generated answers if the rows have no prompts."""
     if recipe.evaluate.metrics and not recipe.objective.example_types & TYPES_WITH_ANSWER:
         raise RecipeError(f"evaluate.metrics {', '.join(recipe.evaluate.metrics)}: these score generated answers, and "
-                          f"the rows of objective {recipe.objective.name!r} ask for none",
-                          "leave evaluate.metrics out: what the objective itself measures is measured anyway")
+                          f"the rows of objective {recipe.objective.name!r} have no prompts",
+                          "omit evaluate.metrics; the objective's own metrics are always computed")
     return recipe
 
 
 def _keep_reference(recipe: Recipe) -> Recipe:
-    """The recipe with `method.keep_base` decided where it was left out."""
+    """The recipe with `method.keep_base` resolved."""
     if not isinstance(recipe.method, FullConfig | FreezeConfig) or recipe.method.keep_base is not None:
         return recipe
     keep = needs_reference(recipe.objective) and not precomputes_reference(recipe)
@@ -141,18 +143,18 @@ def _keep_reference(recipe: Recipe) -> Recipe:
 
 
 def needs_reference(objective: AnyObjective) -> bool:
-    """Whether the objective compares the model with what it was."""
+    """Whether the objective needs a reference model."""
     asks: frozenset[str] = objective.rollout_outputs if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
     return "reference_logps" in objective.required_outputs | asks
 
 
 def precomputes_reference(recipe: Recipe) -> bool:
-    """Whether the reference is asked once, before anything trains."""
+    """Whether the reference log-probabilities are computed once, before training."""
     return bool(recipe.objective.model_dump().get("precompute_reference"))
 
 
 def _apply_init_from(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
+    """With `init_from`, the recipe takes base and method from that run, unless it sets them."""
     start = raw.get("init_from")
     if start is None or {"model", "method"} <= raw.keys():
         return raw
@@ -161,15 +163,16 @@ def _apply_init_from(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def require_adapter(run: Run) -> Run:
-    """Itself, or a `RecipeError` where nothing can start from it."""
+    """Returns the run. Raises `RecipeError` if it cannot be a starting point."""
     if run.require_exists().adapter is None:
-        raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
-                          f"a whole model is a base like any other: model.name_or_path={run.path}")
+        raise RecipeError(f"{str(run.path)!r} holds a full model or is not finished; init_from needs a run with an "
+                          f"adapter",
+                          f"use a full model as the base: model.name_or_path={run.path}")
     return run
 
 
 def load_recipe(run: Run) -> Recipe:
-    """The recipe of a run; what is known of it where PEFT or Transformers made the folder."""
+    """The recipe of a run; for folders of PEFT or Transformers, the settings that can be read from the folder."""
     if raw := run.recipe:
         return Recipe.parse(raw)
     adapter = run.adapter
@@ -185,15 +188,15 @@ def load_recipe(run: Run) -> Recipe:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise RecipeError(f"the recipe {str(path)!r} is a folder",
-                          "name a YAML file; to go on with a run: luthier train --resume RUN")
+                          "give a YAML file; to continue a run: luthier train --resume RUN")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8-sig"), _YamlLoader)
     except FileNotFoundError:
         near = sorted(str(p) for folder in (path.parent, Path("recipes")) for p in folder.glob("*.y*ml"))
-        raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
+        raise RecipeError(f"recipe {str(path)!r} not found", f"recipes here: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
-                          "fix the YAML at the given line; rows to train on are given with --data") from None
+                          "fix the YAML at the given line; training rows are given with --data") from None
     if not isinstance(raw, dict):
         held = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
         raise RecipeError(f"the recipe {str(path)!r} {held}", "write lines such as `method: lora`")
@@ -201,21 +204,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Plain YAML, in which no key stands twice: the second would silence the first."""
+    """Plain YAML. A duplicate key is an error, because the second value would replace the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice",
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} occurs twice",
                                                         key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 
 def _override(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out,
-    mappings are laid over one another, and an empty one empties."""
+    """`raw` with `value` at a dotted path. Short forms on the path (``method: lora``) are expanded, mappings are
+    merged, and an empty mapping clears."""
     first, *rest = path
     old: Any = raw.get(first) or {}
     if first == "method" and isinstance(old, list):
@@ -223,7 +226,7 @@ def _override(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[s
     if isinstance(old, str) or (first == "data" and isinstance(old, list)):
         old = {SHORT.get(first, "name"): old} if rest or isinstance(value, dict) else old
     if first == "method" and len(rest) > 1 and rest[0] == old.get("name", LoraConfig().name):
-        rest = rest[1:]  # method.lora.rank, as it must be said of a list
+        rest = rest[1:]  # method.lora.rank, the form for a list of methods
     if rest:
         return {**raw, first: _override(old, rest, value)}
     if value and isinstance(value, dict) and isinstance(old, dict):
@@ -240,19 +243,19 @@ def _override_in_list(methods: list[Any], path: Sequence[str], value: Any) -> li
     spelt = [{"name": part} if isinstance(part, str) else dict(part) for part in methods]
     names = [str(part.get("name", LoraConfig().name)) for part in spelt]
     if path[0] not in names or len(path) < 2:
-        raise RecipeError(f"method.{'.'.join(path)}: this recipe has a list of methods, {', '.join(names)}",
-                          f"say whose setting it is, such as method.{names[0]}.{path[-1]}")
+        raise RecipeError(f"method.{'.'.join(path)}: the recipe has a list of methods, {', '.join(names)}",
+                          f"name the method, such as method.{names[0]}.{path[-1]}")
     return [_override(part, path[1:], value) if name == path[0] else part for name,
             part in zip(names, spelt, strict=True)]
 
 
 def compute_default_learning_rate(recipe: Recipe) -> float:
-    """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
+    """The default learning rate: the method's default (for instruction tuning) times the objective's factor."""
     return float(recipe.method.default_learning_rate * recipe.objective.learning_rate_factor)
 
 
 def describe_learning_rate(recipe: Recipe) -> str:
-    """The peak learning rate, and where it comes from."""
+    """The peak learning rate as text, with its origin."""
     if recipe.optimizer.learning_rate is not None:
         return f"{recipe.optimizer.learning_rate:g} (optimizer.learning_rate)"
     factor = recipe.objective.learning_rate_factor
@@ -262,49 +265,48 @@ def describe_learning_rate(recipe: Recipe) -> str:
 
 
 def get_method_name(recipe: Recipe) -> str:
-    """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
+    """The name of the run's method: ``lora``, or ``bitfit+lora`` for a list."""
     return "+".join(part.name for part in list_parts(recipe.method))
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as YAML can hold it, every setting spelt out."""
+    """A recipe as plain data for YAML, with every setting."""
     return recipe.model_dump(mode="json")
 
 
 def list_unused_settings(recipe: Recipe) -> list[str]:
-    """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
+    """Settings that have no effect or an unwanted one, each with the reason."""
     training, found = recipe.training, []
     evaluates = recipe.data.eval is not None
     if training.early_stopping_patience and not evaluates:
-        found.append("training.early_stopping_patience has no effect: there is nothing to evaluate on (data.eval)")
+        found.append("training.early_stopping_patience has no effect: there are no validation rows (data.eval)")
     if training.eval_steps and not evaluates:
-        found.append("training.eval_steps has no effect: there is nothing to evaluate on (data.eval)")
+        found.append("training.eval_steps has no effect: there are no validation rows (data.eval)")
     if training.max_steps and recipe.optimizer.count_warmup_steps(training.max_steps) >= training.max_steps:
         found.append("optimizer.learning_rate is never reached: the warm-up is as long as the run "
                      f"({training.max_steps} steps)")
     if training.max_steps and "num_train_epochs" in training.model_fields_set and training.num_train_epochs != 1.0:
-        found.append("training.num_train_epochs has no effect: training.max_steps is given")
+        found.append("training.num_train_epochs has no effect: training.max_steps is set")
     if recipe.evaluate.metrics and not evaluates and recipe.data.test is None:
-        found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
+        found.append("evaluate.metrics has no effect: there are no rows with prompts (data.test or data.eval)")
     structure = recipe.model.surgery
     names = {m.name for m in list_parts(recipe.method)}
     if structure and structure.new_tokens and not {"full", "freeze",
                                                    "peft"} & names:
-        found.append(f"model.surgery.new_tokens: {get_method_name(recipe)} trains no embeddings, so the new words "
-                     f"keep the "
-                     "mean that they start from")
+        found.append(f"model.surgery.new_tokens: {get_method_name(recipe)} does not train embeddings, so the new "
+                     f"tokens keep their initial embeddings")
     if recipe.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(recipe.method)):
-        found.append(f"method.dropout: objective {recipe.objective.name!r} answers without dropout and trains with it: "
-                     "the first step of a round is already off its policy")
+        found.append(f"method.dropout: objective {recipe.objective.name!r} generates without dropout and trains with "
+                     f"it: the first step of a rollout is already off-policy")
     if recipe.data.loss_on != "assistant" and recipe.objective.name == "pretrain":
         found.append("data.loss_on has no effect on documents (objective pretrain)")
     return found
 
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
-    """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
+    """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, except those in `FREE`."""
     before, now = flatten_recipe(old), flatten_recipe(new)
-    weights = "objective.class_weights"  # balanced ones are numbers once the rows are read, and compared then
+    weights = "objective.class_weights"  # `balanced` becomes numbers later, and is compared then
     free = (*FREE, weights) if now.get(weights) == "balanced" else FREE
     return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(free)]
@@ -326,7 +328,7 @@ def _flatten(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def collect_provenance(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe alone does not say: versions and the digests of the data files."""
+    """Versions, and digests of the data files."""
     paths = [Path(source.path) for source in list_sources(recipe)]
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
@@ -342,7 +344,7 @@ def list_sources(recipe: Recipe, *parts: str) -> list[Source]:
 
 
 def get_version(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

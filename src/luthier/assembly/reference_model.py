@@ -36,27 +36,27 @@ GROUP = 512  # examples that are packed together
 
 
 def describe_reference_cost(recipe: Recipe, attached: Tuner) -> str:
-    """A sentence on the copy of the base's weights that the reference costs; empty where there is none."""
+    """A sentence on the copy of the base's weights for the reference; empty if there is none."""
     parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
     copies = [part.base_copy_size for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
     if not count or not needs_reference(recipe.objective) or precomputes_reference(recipe):
         return ""
-    without = ("; objective.precompute_reference: true would do without"
+    without = ("; objective.precompute_reference: true avoids the copy"
                if "precompute_reference" in type(recipe.objective).model_fields else "")
-    return (f"{recipe.method.name} keeps a copy of the {count:,} weights that it trains ({size / 1e9:.3g} GB), with "
-            f"which {recipe.objective.name} compares the model{without}")
+    return (f"{recipe.method.name} keeps a copy of the {count:,} weights that it trains ({size / 1e9:.3g} GB) as the "
+            f"reference of {recipe.objective.name}{without}")
 
 
 def describe_master_copy_cost(attached: Tuner) -> str:
-    """A sentence on the float32 copies that the optimizer keeps of what trains; empty where there are none."""
+    """A sentence on the optimizer's float32 copies of trained weights; empty if there are none."""
     copied = [p for p in attached.parameters().values() if needs_master(p)]
     if not copied:
         return ""
     count, dtypes = sum(p.numel() for p in copied), sorted({str(p.dtype).removeprefix("torch.") for p in copied})
-    return (f"the {count:,} weights that train are kept in {' and '.join(dtypes)}, so the optimizer updates float32 "
+    return (f"the {count:,} trained weights are in {' and '.join(dtypes)}, so the optimizer updates float32 "
             f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; model.dtype: "
-            "float32 with training.precision: bf16 takes 2 bytes a weight less")
+            "float32 with training.precision: bf16 needs 2 bytes less per weight")
 
 
 def precompute_reference(recipe: Recipe, base: Family, found: Datasets, reference: Reference,

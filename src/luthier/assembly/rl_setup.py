@@ -42,7 +42,7 @@ CRITIC = "critic"
 
 
 def init_rl_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
-    """What trains, the critic included; and what makes the context in which the model is the reference."""
+    """The trainable parts, including the critic; and the context manager in which the model is the reference."""
     tuner, reference = initialization.init_policy(recipe, base)
     if not (isinstance(recipe.objective, PpoConfig) and recipe.objective.critic == "adapter"):
         return tuner, reference

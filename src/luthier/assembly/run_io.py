@@ -38,20 +38,20 @@ from luthier.models import (
 from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
-STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
+STOPS = "generation_config.json"  # in an adapter's folder: the tokens that end a turn
 NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules", "rank_pattern", "alpha_pattern")
-VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what puts tokens before a text
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT types with virtual tokens
 
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
              report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
     """Load a run folder: its recipe, its base model, and the method with its trained weights.
 
-    The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
-    (then there is no method to attach). The name of a base in place of a folder is such a whole model.
+    The folder may be a PEFT adapter (the recipe is then read from adapter_config.json) or a full model (without a
+    method to attach). A base model's name is treated as a full model.
 
     Args:
-        whole: keep the base in its own numbers, also where the run was trained on one in few bits.
+        whole: load the base unquantized, even if the run was trained on a quantized base.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         report: called with a sentence for everything that has changed since the run was made.
 
@@ -59,7 +59,7 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
     """
     if _is_model_name(run.path):
         if base_model is not None:
-            raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
+            raise RunError(f"{str(run.path)!r} is itself a base model", "omit the base model (--base-model)")
         bare = Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, load_family(bare.model), None
     run.require_exists()
@@ -68,9 +68,9 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
         if not (run.path / "config.json").exists():
-            raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
-                           f"go on with it: luthier train --resume {run.path}")
-        # it is in the weights
+            raise RunError(f"the run {str(run.path)!r} is not finished and has no trained weights yet",
+                           f"continue it: luthier train --resume {run.path}")
+        # it is already in the weights
         base = load_family(recipe.model.model_copy(update={"name_or_path": str(run.path),
                                                     "surgery": None}),
                            recipe.objective.uses_masking)
@@ -167,7 +167,7 @@ def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
 
 
 def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
-    """The default dtype of an exported model: that of the base's files, or of the loaded model where they are gone."""
+    """The default dtype of an exported model: that of the base's files, or of the loaded model if they do not exist."""
     try:
         return read_stored_dtype(recipe.model)
     except BaseError:
@@ -192,7 +192,7 @@ def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: boo
     base_model.json holds the base's digests.
     """
     if isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.heads:
-        assert isinstance(tuner, CompositeMethod), "the critic stands beside the method"
+        assert isinstance(tuner, CompositeMethod), "the critic is a separate part"
         tuner = tuner.parts[0]
     config = tuner.get_peft_config()
     if config is None:
@@ -205,7 +205,7 @@ def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: boo
     state, config = _rename_for_loading(state, config, recipe, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
-    file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
+    file.chmod(run.path.stat().st_mode & 0o666)  # safetensors makes its files readable by the owner only
     name = name_base(recipe.model, public)
     run.write("adapter_config.json", {**make_alphas_integers(config), "base_model_name_or_path": name,
                                       "revision": recipe.model.revision})
@@ -235,7 +235,8 @@ def convert_to_plain_lora(base: Family, tuner: Tuner, rank: int | None) -> Tuner
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
     if len(tuned) > 1:
-        raise RunError("a list of methods is no plain LoRA", "leave --lora-rank out, or export with --to merged")
+        raise RunError("a list of methods cannot be written as a plain LoRA", "omit --lora-rank, or export with --to "
+                                                                              "merged")
     config, state = fold_into_plain_lora(tuned[0], rank)
     found = config.attach(base.structure, seed=0)
     found.load(state)

@@ -1,13 +1,13 @@
 """Warnings before the first step: why a run cannot learn, or a setting has no effect.
 
-Read `recipe.py` (`idle`) first. `training/learning_monitor.py` warns during training. Each function
+Read `recipe.py` first. `training/learning_monitor.py` warns during training. Each function
 returns sentences and needs:
 
 | function                     | needs                                  |
 |------------------------------|----------------------------------------|
 | `find_unused_settings`       | the recipe alone                       |
 | `find_data_problems`         | the encoded rows                       |
-| `find_method_problems`       | the base, with the method on it        |
+| `find_method_problems`       | the base with the method attached      |
 | `find_schedule_problems`     | the number of steps                    |
 """
 
@@ -70,7 +70,7 @@ SINGLE_STEP = "each round is one optimizer step (one epoch of one mini-batch) on
 # (setting, when it has no effect, why). A setting is named only where it differs from its default.
 RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("training.save_total_limit", lambda recipe: not (_has_eval_rows(recipe) or recipe.training.save_steps),
-     "one checkpoint alone is written, at the end (set training.save_steps)"),
+     "only one checkpoint is written, at the end (set training.save_steps)"),
     ("optimizer.min_lr_ratio", lambda recipe: recipe.optimizer.lr_scheduler_type == "constant",
      "optimizer.lr_scheduler_type is constant"),
     ("evaluate.max_new_tokens", lambda recipe: not recipe.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
@@ -80,24 +80,24 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("evaluate.before_training", lambda recipe: not _has_eval_rows(recipe) and recipe.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
     ("model.pooling", lambda recipe: not recipe.objective.required_outputs & {"pooled", "scores"},
-     "the objective reads no state of a whole text"),
+     "the objective uses no pooled state"),
     ("model.revision", lambda recipe: recipe.model.name_or_path in ALIASES or Path(recipe.model.name_or_path).exists(),
-     "model.name_or_path is no id of the hub"),
+     "model.name_or_path is not a hub id"),
     ("data.loss_on", lambda recipe: "ChatExample" not in recipe.objective.example_types,
-     "the objective reads no chats"),
+     "the objective does not read chats"),
     ("data.system", _reads_none_of("Chat", "Prompt", "Preference", "UnpairedPreference"),
-     "the objective reads no chats or prompts"),
+     "the objective does not read chats or prompts"),
     ("data.share_prompt", _reads_none_of("Preference", "UnpairedPreference"),
-     "the objective compares no answers to one prompt"),
+     "the objective does not compare answers"),
     ("data.score_scale", lambda recipe: not (isinstance(recipe.objective, ContrastiveConfig)
                                             and recipe.objective.loss == "cosent"),
      "the objective reads no similarity scores (contrastive with loss: cosent)"),
-    ("objective.symmetric", _has_other_loss("infonce"), "it belongs to loss: infonce"),
-    ("objective.mask_duplicates", _has_other_loss("infonce"), "it belongs to loss: infonce"),
-    ("objective.margin", _has_other_loss("triplet"), "it belongs to loss: triplet"),
-    ("objective.labels", _has_other_loss("supcon"), "it belongs to loss: supcon"),
+    ("objective.symmetric", _has_other_loss("infonce"), "only loss: infonce uses it"),
+    ("objective.mask_duplicates", _has_other_loss("infonce"), "only loss: infonce uses it"),
+    ("objective.margin", _has_other_loss("triplet"), "only loss: triplet uses it"),
+    ("objective.labels", _has_other_loss("supcon"), "only loss: supcon uses it"),
     ("objective.temperature", lambda recipe: isinstance(recipe.objective, ContrastiveConfig)
-     and recipe.objective.loss == "triplet", "a triplet has a margin, and no temperature"),
+     and recipe.objective.loss == "triplet", "loss: triplet uses margin instead"),
     ("objective.cliprange", _has_single_step_rounds, SINGLE_STEP),
     ("objective.epsilon", _has_single_step_rounds, SINGLE_STEP),
     ("objective.epsilon_high", _has_single_step_rounds, SINGLE_STEP),
@@ -133,7 +133,7 @@ def _find_unused_sources(recipe: Recipe) -> Iterator[str]:
         yield UNUSED.format("data.train: weight", "all sources have the same, and training.max_steps is given")
     for source in sources:
         if source.document != "auto" and source.path.endswith(TABLES):
-            yield UNUSED.format("data.train: document", f"{source.path!r} is no plain text")
+            yield UNUSED.format("data.train: document", f"{source.path!r} is not plain text")
 
 
 def _find_unused_rewards(recipe: Recipe) -> Iterator[str]:
@@ -146,8 +146,8 @@ def _find_unused_rewards(recipe: Recipe) -> Iterator[str]:
             yield f"objective.reward: {name!r} has weight 0, so it has no effect on training"
     scaled = isinstance(recipe.objective, GrpoConfig) and recipe.objective.advantage_estimator == "grpo"
     if scaled and len(rewards) == 1 and rewards[0].weight > 0 and rewards[0].weight != 1:
-        yield UNUSED.format("objective.reward: weight", "there is one reward, and advantages are divided by its "
-                            "standard deviation")
+        yield UNUSED.format("objective.reward: weight", "there is only one reward, and advantages are divided by its "
+                                                        "standard deviation")
 
 
 # ---------------------------------------------------------------- of the rows
@@ -166,7 +166,7 @@ def find_data_problems(recipe: Recipe, datasets: Datasets) -> list[str]:
         return list(_check_contrast(recipe, objective, datasets))
     widest = max((len(one.labeled_spans) for one in datasets.train), default=0)
     if isinstance(objective, RewardConfig) and objective.ranking == "all_pairs" and widest == 2:
-        return [UNUSED.format("objective.ranking", "every row compares two answers, of which both are the same loss")]
+        return [UNUSED.format("objective.ranking", "every row has two answers, for which both losses are equal")]
     return []
 
 
@@ -316,8 +316,9 @@ def _check_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int,
     rank, site = above[0]
     largest = min(site.in_features, site.out_features)
     field = "target_r" if method == "adalora" else "rank"
-    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
-            f"{site.out_features}: its rank is {largest} at most ({len(above)} such maps), so the rest adds nothing"]
+    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a linear layer from {site.in_features} to "
+            f"{site.out_features} features, whose rank is at most {largest} ({len(above)} such layers); a higher rank "
+            f"has no effect"]
 
 
 # ---------------------------------------------------------------- of the number of steps
@@ -330,7 +331,7 @@ def find_schedule_problems(recipe: Recipe, feed: BatchSource) -> list[str]:
     length = f"the run has {total} step{'s' if total > 1 else ''}"
     if all(compute_lr_factor(recipe.optimizer, step, total) < 1 for step in range(total)):
         warmup = recipe.optimizer.count_warmup_steps(total)
-        problems.append(f"optimizer.learning_rate is never reached: the warm-up takes {warmup} steps, and {length}")
+        problems.append(f"optimizer.learning_rate is never reached: the warm-up has {warmup} steps, and {length}")
     if training.save_steps and training.save_steps > total:
         problems.append(UNUSED.format(f"training.save_steps {training.save_steps}", length))
     every = training.eval_steps or feed.steps_per_epoch or total

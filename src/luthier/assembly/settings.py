@@ -1,8 +1,7 @@
-"""Settings that a recipe leaves out and that the start of a run decides; and paths in recipes. Read `recipe.py` first.
+"""Resolves settings that a recipe omits, and paths in recipes. Read `recipe.py` first.
 
-A saved recipe holds the value of every setting in `RESOLVED`, so that training from it gives the same run when a
-default changes or when it is read in another working directory. `LEFT_OUT` lists the settings for which leaving them
-out is itself the value.
+A saved recipe has the value of every setting in `RESOLVED`, so that training from it gives the same run after a default
+changes, or in another working directory. `LEFT_OUT` lists the settings that stay omitted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.rl_config import OnlineRLConfig
 
 UNSET = (None, "auto")
-RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings that the start of a run decides
+RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings that are resolved at the start of a run
     "model": ("revision", "pooling"),
     "method": ("keep_base", "init_r", "scale", "num_trainable_layers", "encoder_hidden_size"),
     "objective": ("epsilon_high",),
@@ -36,30 +35,30 @@ RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings t
     "optimizer": ("learning_rate",),
     "": ("output_dir",),
 }
-LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
-    "model.device": "every machine has its own", "model.surgery": "no change", "method.layers": "none",
-    "method.prompt_tuning_init_text": "words are drawn by the seed", "objective.model": "another kind of reward",
-    "objective.label_smoothing": "robust and cdpo have a number, the other losses have none",
+LEFT_OUT = {  # setting -> its meaning when omitted, the same in every version
+    "model.device": "depends on the machine", "model.surgery": "no change", "method.layers": "none",
+    "method.prompt_tuning_init_text": "tokens are sampled with the seed", "objective.model": "another kind of reward",
+    "objective.label_smoothing": "resolved for robust and cdpo; the other losses do not use it",
     "objective.function": "another kind of reward", "objective.url": "another kind of reward",
-    "objective.early_stop_kl": "no early end", "objective.adaptive_kl_target": "a fixed weight",
+    "objective.early_stop_kl": "no early stop", "objective.adaptive_kl_target": "a fixed weight",
     "data.subset": "the only one",
-    "data.split": "by the part that it is named for", "data.first_choice": "as all rows show it",
-    "data.columns": "those of the whole part",
-    "data.document": "by the file's ending", "data.eval": "no rows", "data.test": "no rows",
-    "data.format": "by the columns, whose rows have a digest", "data.system": "none",
-    "data.share_prompt": "the result is the same", "data.score_scale": "read off the rows, which have a digest",
-    "data.file": "none", "data.max_samples": "all rows", "training.max_steps": "as many as the epochs have",
+    "data.split": "depends on the part of the data", "data.first_choice": "found from all rows",
+    "data.columns": "those of the data section",
+    "data.document": "depends on the file's suffix", "data.eval": "no rows", "data.test": "no rows",
+    "data.format": "detected from the columns; the rows have a digest", "data.system": "none",
+    "data.share_prompt": "the result is the same", "data.score_scale": "found from the rows, which have a digest",
+    "data.file": "none", "data.max_samples": "all rows", "training.max_steps": "determined by the epochs",
     "optimizer.warmup_steps": "by warmup_ratio", "training.eval_steps": "once an epoch",
     "training.save_steps": "never", "training.early_stopping_patience": "never",
     "evaluate.max_samples": "all rows", "init_from": "the bare base",
 }
 
 
-# ---------------------------------------------------------------- what is left out
+# ---------------------------------------------------------------- omitted settings
 
 
 def resolve_settings(recipe: Recipe, base: Family, identity: Identity, rate: float, run: Path) -> Recipe:
-    """The recipe with every setting in `RESOLVED` at its value for this base and machine.
+    """The recipe with the value of every setting in `RESOLVED` for this base and machine.
 
     Args:
         identity: of the base.
@@ -70,7 +69,7 @@ def resolve_settings(recipe: Recipe, base: Family, identity: Identity, rate: flo
     micro = recipe.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(recipe, base) * unit
     length = recipe.data.max_length if "channels" in base.structure.sizes else resolve_data_config(recipe,
                                                                                                    base).max_length
-    pools = "pooled" in recipe.objective.required_outputs  # a head pools as its class does, unless the recipe says how
+    pools = "pooled" in recipe.objective.required_outputs  # a head's default is its Transformers class's
     methods = [_resolve_method(part, base) for part in list_parts(recipe.method)]
     objective = recipe.objective
     if isinstance(objective, GrpoConfig) and objective.epsilon_high is None:
@@ -87,7 +86,7 @@ def resolve_settings(recipe: Recipe, base: Family, identity: Identity, rate: flo
 
 
 def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
-    """One method with what it takes from the base or from its other settings."""
+    """One method with the settings that depend on the base or on its other settings."""
     found: dict[str, Any] = {}
     if isinstance(method, AdaLoraConfig):
         found = {"init_r": method.initial_rank}
@@ -107,7 +106,7 @@ def _join_methods(method: AnyMethod, parts: Sequence[AnyMethod]) -> AnyMethod:
 
 
 def fill_left_out(recipe: Recipe, saved: Recipe) -> Recipe:
-    """The recipe with the values that a run's saved recipe holds for settings in `RESOLVED` that it leaves out."""
+    """The recipe; omitted settings in `RESOLVED` get the values of a run's saved recipe."""
     update: dict[str, Any] = {section: _fill(dict(recipe)[section], dict(saved)[section], RESOLVED[section])
                               for section in ("model", "objective", "data", "training", "optimizer")}
     ours, theirs = list_parts(recipe.method), list_parts(saved.method)
@@ -124,7 +123,7 @@ def _fill(config: Config, saved: Config, names: Sequence[str]) -> Config:
 
 
 def list_resolved(before: Recipe, after: Recipe) -> list[str]:
-    """The settings that were left out and now have a value."""
+    """The settings that were omitted and now have a value."""
     ours, theirs = flatten_recipe(before), flatten_recipe(after)
     return [key for key, value in theirs.items() if value not in UNSET and ours.get(key, None) in UNSET]
 
@@ -133,7 +132,7 @@ def list_resolved(before: Recipe, after: Recipe) -> list[str]:
 
 
 def map_paths(recipe: Recipe, path: Callable[[str], str]) -> Recipe:
-    """The recipe with `path` applied to every setting that can be a path, but for the base."""
+    """The recipe with `path` applied to every setting that can be a path, except the base."""
     def source(found: Any) -> Any:
         return found.model_copy(update={"path": path(found.path)}) if isinstance(found, Source) else found
 
@@ -155,7 +154,7 @@ def map_paths(recipe: Recipe, path: Callable[[str], str]) -> Recipe:
 
 
 def _map_function(function: str | None, path: Callable[[str], str]) -> str | None:
-    """A reward `file.py:name` with its file's path mapped; other names stay."""
+    """A reward `file.py:name` with its path mapped; other names are unchanged."""
     file, colon, name = (function or "").rpartition(":")
     return path(file) + colon + name if file.endswith(".py") else function
 
@@ -171,10 +170,10 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
 
 
 def make_public(recipe: Recipe, upstream: str | None = None) -> Recipe:
-    """The recipe as it may leave this machine: hub ids and bare names in place of local paths.
+    """The recipe without local paths: hub ids and bare names instead.
 
     Args:
-        upstream: the base's hub id, where it is known to have one.
+        upstream: the hub id of the base, if it is known.
     """
     public = map_paths(recipe, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
     base = recipe.model.model_copy(update={"name_or_path": get_public_name(recipe.model, upstream)})

@@ -170,10 +170,11 @@ def _run_features(options: argparse.Namespace) -> int:
     model = _get_only_positional(options, "model or run")
     out = Path(options.out) if options.out else None
     if options.probe != (options.test is not None):
-        raise RecipeError("--probe and --test belong together: a probe is measured on rows that it was not fitted on",
+        raise RecipeError("--probe and --test must be given together: a probe is evaluated on rows that it was not "
+                          "fitted on",
                           "luthier features MODEL --data FILE --probe --test FILE")
     if not (out or options.probe):
-        raise RecipeError("neither --out nor --probe is given, so the features would be lost",
+        raise RecipeError("give --out or --probe; otherwise the features are not saved",
                           "give a file with --out, or give --probe and --test")
     states, labels = extract_features(model, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
                                       **options.settings)
@@ -269,7 +270,7 @@ COMMANDS: dict[str, Command] = {
         OBJECTIVE, OUTPUT_DIR,
         _option("--resume", action="store_true", help="continue a run from its newest checkpoint"),
         BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
-    "rlhf": Command("SFT, reward model and PPO: three runs in one folder, with a report of what each gained",
+    "rlhf": Command("SFT, reward model and PPO: three runs in one folder, with a report of each stage's results",
                     _run_rlhf, (
         _option("positionals", nargs="*", metavar="RECIPE.yaml | key=value",
                 help="a recipe with the parts sft, reward and ppo; run it again to continue where it was interrupted"),
@@ -302,7 +303,7 @@ COMMANDS: dict[str, Command] = {
         _option("--model", metavar="MODEL", help="model whose tokenizer and chat template are used; default: smollm2"),
         _option("--eval", metavar="FILE", help="evaluation rows, to find rows that are also in FILE"),
         _option("--out", metavar="DIR", help="folder for the report and the plot"), QUIET, JSON)),
-    "paraphrase": Command("paraphrase or back-translate rows with a model, as more rows to train on", _run_paraphrase, (
+    "paraphrase": Command("paraphrase or back-translate rows with a model, to train on more rows", _run_paraphrase, (
         _option("file", metavar="FILE", help="rows with a column of text"),
         _option("--column", required=True, metavar="NAME", help="the column to rewrite; other columns are kept"),
         _option("--out", required=True, metavar="FILE", help="the .jsonl file to create"),
@@ -342,7 +343,8 @@ COMMANDS: dict[str, Command] = {
                 help="methods to train; a+b combines two, lora@nf4 (or qlora) quantizes the base model to four bits"),
         _option("--retention-data", metavar="FILE", help="unrelated rows, to measure what the model forgets"),
         _option("--out", metavar="DIR", help="folder for the runs and the comparison"), ALLOW_CODE, QUIET, JSON)),
-    "plan": Command("measure a few steps of several methods and report which fit this machine and data", _run_plan, (
+    "plan": Command("dry run: estimate memory and time of several methods on this machine and data, and recommend "
+                    "one", _run_plan, (
         RECIPE, MODEL, TRAIN_DATA, OBJECTIVE,
         _option("--methods", metavar="A,B,A+B,A@nf4", help="methods to measure; default: the common ones"),
         _option("--out", metavar="DIR", help="folder for the plan"), ALLOW_CODE, QUIET, JSON)),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 MAX_SHOWN_ANSWERS = 3  # after a training, side by side
-MAX_SHOWN_ROWS = 10  # refused rows listed by a data check
+MAX_SHOWN_ROWS = 10  # rejected rows listed by a data check
 
 
 class ChatSession(Protocol):
@@ -242,7 +242,7 @@ def print_data_check(report: Mapping[str, Any], lines: Iterable[str], previews: 
             detail = f" ({row['detail']})" if row["detail"] else ""
             print(f"  {row['file']}:{row['line']}: {row['reason']}{detail}")
         if (more := sum(part["reasons"].values()) - MAX_SHOWN_ROWS) > 0:
-            print(f"  and {more} more refused rows")
+            print(f"  and {more} more rejected rows")
         lengths = part["lengths"]
         print(f"{name}: tokens per example: {lengths['min']:.0f} to {lengths['max']:.0f}, median "
               f"{lengths['median']:.0f}, 99th percentile {lengths['p99']:.0f}")

@@ -1,1 +1,2 @@
-"""The words of the house: types, protocols, config, errors. Imports the standard library, torch and pydantic only."""
+"""Types, protocols, config and errors that all packages share. Imports only the standard library, torch and
+pydantic."""

@@ -79,7 +79,8 @@ def _format_location(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[
 
 
 def _pick_branch(choice: type[BaseModel], key: str | int, choices: Sequence[type[BaseModel]]) -> bool:
-    """Whether Pydantic calls this class of a union so: by its `name` where that tells them apart, else by its own."""
+    """Whether Pydantic uses this name for this class of a union: its field `name` if that is unique, otherwise the
+    class name."""
     named = choice.model_fields.get("name")
     return (len(choices) > 1 and named is not None and named.default == key) or choice.__name__ == key
 

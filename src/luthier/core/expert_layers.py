@@ -1,4 +1,5 @@
-"""The linear maps of all experts of a mixture layer. Read `protocols.py` (TargetLinear) and `adapter_gate.py` first."""
+"""The linear layers of all experts of a mixture layer. Read `protocols.py` (TargetLinear) and `adapter_gate.py`
+first."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class ExpertLinears:
-    """One linear map of all experts of a layer, stored as one parameter. It has no module of its own to hook.
+    """One linear layer of all experts of a layer, stored as one parameter. It has no module of its own to hook.
 
     Args:
         name: the parameter's path in the model.
         weight: [E, out, in]; `transposed`: [E, in, out].
         role: gate_up, up, or down.
         count: E.
-        enter: registers a function whose result is added to the map's outputs, as its gate allows.
+        enter: registers a function whose result is added to the linear layer's outputs, as its gate allows.
     """
 
     name: str

@@ -1,13 +1,13 @@
-"""Which spellings of a label are one value. Imports `errors.py` only.
+"""Reads values of labels: which texts and numbers are equal. Imports only `errors.py`.
 
-One rule holds for labels, tags, choices, verdicts, ranks, scores and weights, whatever kind of file they come from:
+The same rules apply to labels, tags, choices, ranks, scores and weights in every file type:
 
     1, 1.0, "1", "1.0", true, "true"     are the value 1
     0, 0.0, "0", "0.0", false, "false"   are the value 0
     0.5, "0.5", "0.50", "5e-1"           are the value 0.5
-    "007", "1_000", "v1", "one"          are text: a numeral has no leading zero and no separators
+    "007", "1_000", "v1", "one"          are text: numbers have no leading zero and no separators
 
-A value is never a position: whether the value 1 is the name of a class is decided by comparing it with the names.
+A label is never an index: it is compared with the names of the classes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 TRUTH = {"true": 1, "false": 0}
 LOWEST, HIGHEST = -2 ** 63, 2 ** 64 - 1  # integers that 64 bits hold, with or without a sign
-DECIMALS = 10  # different numbers that are not whole: more are a scale rather than classes
+DECIMALS = 10  # different decimal numbers; more are probably values, not classes
 
 
 def parse_number(value: Any) -> int | float | None:
-    """The number that a value or its text stands for; an int where it is whole and 64 bits hold it.
+    """The number of a value or its text; an int if it is whole and fits in 64 bits.
 
-    NaN, infinities and larger integers are returned as they are: the caller refuses them. None: it is not a number.
+    NaN, infinities and larger integers are returned unchanged, and callers reject them. None: it is not a number.
 
     Example:
         >>> [parse_number(value) for value in (True, "1.0", " 2.50", "1e999", "007", "one")]
@@ -69,7 +69,7 @@ def is_oversized(number: float) -> bool:
 
 
 def get_label_key(value: Any) -> str:
-    """What two labels of the same value have in common.
+    """A key that is equal for labels with the same value.
 
     Example:
         >>> {get_label_key(value) for value in (1, 1.0, "1", " 1.0", True, "True")}
@@ -80,7 +80,7 @@ def get_label_key(value: Any) -> str:
 
 
 def get_label_name(value: Any) -> str:
-    """The name that a label has by itself: as `label_key`, but true and false keep their words.
+    """The name of a label: as `get_label_key`, but true and false stay text.
 
     Example:
         >>> [get_label_name(value) for value in (1.0, "1.0", True, "True", "good")]
@@ -91,7 +91,7 @@ def get_label_name(value: Any) -> str:
 
 
 def collect_label_names(values: Iterable[Any]) -> dict[str, str]:
-    """Key -> name of every different value: the name that all its spellings share, or else its key."""
+    """Key -> name of every different value: the common name of all its texts, otherwise its key."""
     found: dict[str, str] = {}
     for value in values:
         key, name = get_label_key(value), get_label_name(value)
@@ -100,7 +100,7 @@ def collect_label_names(values: Iterable[Any]) -> dict[str, str]:
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """By value where all are numbers, else by their letters."""
+    """Sorted by value if all are numbers, otherwise alphabetically."""
     listed = list(names)
     numbers = [parse_number(name) for name in listed]
     if any(number is None for number in numbers):
@@ -109,8 +109,8 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_continuous(names: Sequence[str], rows: float = math.inf) -> bool:
-    """Whether these names of classes look like measurements of so many rows: more than `DECIMALS` different numbers
-    with decimals, or at least three and no class with a second row."""
+    """Whether these class names look like values of a regression: more than `DECIMALS` different decimal numbers, or
+    at least three and none occurs twice."""
     numbers = [parse_number(name) for name in names]
     decimals = sum(isinstance(number, float) and math.isfinite(number) for number in numbers)
     return decimals > DECIMALS or (decimals > 2 and rows <= len(names))

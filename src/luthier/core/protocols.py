@@ -6,7 +6,7 @@
 | TargetLinear       | models      | one linear layer of the model and its role (`q`, `up`, ...)        |
 | ModelStructure     | models      | the model's parts: layers, linear layers, embedding, head          |
 | SoftPromptInjector | models      | where virtual tokens enter the model (`soft_prompts.py`)           |
-| Head               | models      | a small module over the states that an objective asks for          |
+| Head               | models      | a small module over the states that an objective needs            |
 | Heads              | models      | the heads of one objective on one model                            |
 | Family             | models      | how to call the model                                              |
 | Method             | methods     | which parameters train, and how they enter the forward pass        |
@@ -72,8 +72,7 @@ class Family(Protocol):
 
     Attributes:
         heads: those of the last `add_heads`.
-        padding_reason: why rows are padded although the family normally packs them; empty if there is nothing to
-    say.
+        padding_reason: why rows are padded although the family normally packs them; empty otherwise.
         router: selects the adapters of routed batches.
         critic: makes the context in which values (`token_scores`) are computed; None: in the same pass.
         chat_format: set by assembly, since only `data` can determine it.
@@ -168,12 +167,12 @@ class Router(Protocol):
     """Selects an adapter, or none, for each token."""
 
     def route(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
-        """While open, the i-th place along dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a
-        row) goes through the adapter `places[i]`, an index into the manager; through none at -1."""
+        """While open, position i of dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a row)
+        goes through the adapter with index `places[i]`; -1: through none."""
         ...
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """The setting of now, to be entered once more later: by what is recomputed in the backward pass."""
+        """The current state, as a context to enter again when layers are recomputed in the backward pass."""
         ...
 
 
@@ -268,17 +267,18 @@ class Method(Protocol):
 
 
 class Objective(Protocol):
-    """Pure: no rank, no device move, no model.
+    """A pure function of outputs and targets. It uses no rank, no device and no model.
 
     Args:
-        example_types: the kinds of example that mean something to it, by the names of their types.
+        example_types: names of the example types that it reads.
         required_outputs: the fields of `Outputs` that it reads.
-        heads: what the family must add to its states.
-        needs_full_batch: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be
-            computed in parts, but its loss is always of the whole.
-        has_eval_metrics: whether `compute_eval_metrics` says something about held-out rows.
-        supports_soft_labels: whether a label may be a mixture of others.
-        learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.
+        heads: the heads that the family must add.
+        needs_full_batch: whether examples of a batch interact in the loss (in-batch negatives). Such a batch may be
+        computed in
+            parts, but its loss is that of the whole batch.
+        has_eval_metrics: whether `compute_eval_metrics` returns anything.
+        supports_soft_labels: whether a label may be a mixture of classes.
+        learning_rate_factor: factor on the method's default learning rate, used if the recipe sets none.
     """
 
     name: str
@@ -294,21 +294,22 @@ class Objective(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of its classes by their numbers; empty where the training rows decide; None: labels are numbers."""
+        """The class names by index; empty: taken from the training rows; None: labels are numbers."""
         ...
 
     def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
-        """The objective for these classes of the training rows, `counts` labels of each; itself where it has none."""
+        """The objective for the classes of the training rows (`counts`: number of labels of each); unchanged without
+        classes."""
         ...
 
     def count(self, target: LossInputs) -> float:
-        """What the sum over this micro-batch will be divided by, known before the forward pass."""
+        """The count of this micro-batch, by which the sum is divided; known before the forward pass."""
         ...
 
     def __call__(self, outputs: Outputs, target: LossInputs) -> Loss: ...
 
     def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
-        """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
+        """Metrics over all held-out rows at once that cannot be summed over batches (F1, rank correlations)."""
         ...
 
 

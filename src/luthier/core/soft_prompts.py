@@ -21,7 +21,7 @@ SoftPromptKind = Literal["prompt", "prefix"]
 
 class SoftPromptInjector(Protocol):
     """Inserts virtual tokens into a model. They are computed again in every forward pass, so that they can train. The
-    states of virtual tokens are removed from the model's output. A method's `Scope` switches them on and off."""
+    states of virtual tokens are removed from the model's output. A method's `AdapterGate` enables and disables them."""
 
     @property
     def typical_embeddings(self) -> Callable[[int, int], Tensor] | None:

@@ -127,7 +127,7 @@ class TokenizedExample:
             placeholder token.
         metadata: columns of the row that reward functions receive.
         precomputed: name -> one number for each prediction, in order (see `LossInputs.precomputed`).
-        masking: masks some of the tokens anew in every epoch; None: the example goes into a batch unchanged.
+        masking: masks some of the tokens again in every epoch; None: no masking.
         remarks: rules that were applied when the row was rendered; the data report counts them.
     """
 
@@ -276,7 +276,7 @@ def _offsets(sizes: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch(DeviceMovable):
-    """A frozen, self-describing micro-batch that knows no model."""
+    """A frozen, self-describing micro-batch, independent of the model."""
 
     inputs: Inputs
     target: LossInputs

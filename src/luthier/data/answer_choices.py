@@ -1,15 +1,16 @@
-"""Which of its choices a question's answer is. Read `row_values.py` first.
+"""Matches the answer of a multiple-choice question to one of its choices. Read `row_values.py` first.
 
-An answer is looked up in this order; a number is the last thing that it can be:
+An answer is matched in this order:
 
-1. the label of a choice, where choices have labels
-2. a choice's own words: "2" among "1", "2", "3" is the second
-3. a letter from A on, where choices have no labels
-4. the number of a choice, where choices have no labels: from 0 or from 1, as the rows of the source show it
+1. the label of a choice
+2. the text of a choice: "2" in "1", "2", "3" is the second choice
+3. a letter, where A is the first choice, if choices have no labels
+4. the index of a choice, if choices have no labels; the rows of the source show whether indices start at 0 or at 1
 
-Of the rows whose answer can only be the number of a choice, one that is 0 shows that numbers begin at 0, and one that
-is as large as the number of choices that they begin at 1. Where they show both, or neither, such rows are refused.
-Where they show one, a row whose number says one choice and whose words say another is refused, too.
+Among the rows whose answer can only be an index, an answer of 0 shows that indices start at 0, and an answer equal to
+the
+number of choices shows that they start at 1. If rows show both or neither, these rows are rejected. If rows show one,
+a row whose answer is the index of one choice and the text of another is rejected too.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from typing import Any
 from luthier.core.labels import get_label_key, get_label_name, parse_number
 from luthier.data.row_values import InvalidRowError, Values, check_finite, parse_json, read_list
 
-REMEDY = "write the choice's own words or its letter, or set first_choice of the source to 0 or 1"
+REMEDY = "write the text or the letter of the choice, or set first_choice of the source to 0 or 1"
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """How the answers of a source number the choices.
+    """Whether the indices in a source start at 0 or at 1.
 
     Args:
-        first: the number of the first choice; None where no row shows it.
+        first: the index of the first choice; None if no row shows it.
         reason: why it is None.
-        given: whether somebody says so, rather than the rows: an answer that can be a number then is one.
+        given: whether the recipe sets it (`first_choice`). An answer that can be an index is then read as an index.
     """
 
     first: int | None = None
@@ -41,11 +42,11 @@ class Numbering:
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of one question, and its answer.
+    """The choices of a question, and its answer.
 
     Args:
         choices: text, or turns.
-        labels: of each choice; empty where they have none.
+        labels: of each choice; empty if choices have none.
     """
 
     choices: tuple[Any, ...]
@@ -54,7 +55,7 @@ class Choices:
 
     @classmethod
     def of(cls, values: Values) -> Choices:
-        """Those of a row. Raises `UnfitError` for what is no list of choices."""
+        """The choices of a row. Raises `InvalidRowError` if `choices` is not a list of choices."""
         found = parse_json(values["choices"], "choices")
         labels: Sequence[Any] = ()
         if isinstance(found, dict):
@@ -68,7 +69,7 @@ class Choices:
         return cls(choices, tuple(labels or ()), answer)
 
     def place(self, numbering: Callable[[], Numbering]) -> int:
-        """Where the answer stands among the choices; see the top of the file."""
+        """The position of the answer among the choices; see the module docstring."""
         named, number = self.named(), self.number()
         if number is None and named is None:
             raise self._none()
@@ -81,14 +82,14 @@ class Choices:
         if not 0 <= place < len(self.choices):
             if named is not None:
                 return named
-            raise self._none(f"numbers run from {told.first} to {len(self.choices) + told.first - 1}")
+            raise self._none(f"indices run from {told.first} to {len(self.choices) + told.first - 1}")
         if named not in (None, place) and not told.given:
-            raise InvalidRowError("answer is the number of one choice and the words of another",
+            raise InvalidRowError("answer is the index of one choice and the text of another",
                                   f"{self.answer!r}: {REMEDY}")
         return place
 
     def named(self) -> int | None:
-        """The place that a label, a choice's words or a letter say; None where none of them does."""
+        """The position that matches by label, text or letter; None if there is no match."""
         if (place := self._only(self.labels)) is not None:
             return place
         if (place := self._only(self.choices)) is not None:
@@ -100,22 +101,23 @@ class Choices:
         alike = [i for i, choice in enumerate(self.choices) if isinstance(choice, str)
                  and choice.strip().lower() == letter.lower()]
         if alike and alike != [place]:
-            raise InvalidRowError("answer is a letter and, in the other case, a choice", f"{self.answer!r}: {REMEDY}")
+            raise InvalidRowError("answer is a letter that is also a choice in other case", f"{self.answer!r}: "
+                                                                                            f"{REMEDY}")
         return place
 
     def number(self) -> int | None:
-        """The number that the answer is; true and false are none, nor is a number where choices have labels."""
+        """The answer as an index. None for true and false, and if choices have labels."""
         found = parse_number(self.answer)
         truth = get_label_name(self.answer) in ("true", "false")
         return found if isinstance(found, int) and not truth and not self.labels and found >= 0 else None
 
     def _only(self, among: Sequence[Any]) -> int | None:
-        """Where the answer stands alone among labels or choices; None where it does not stand there."""
+        """The position of the only label or choice that equals the answer; None if there is none."""
         key = self._key(self.answer)
         same = [place for place, one in enumerate(among) if self._key(one) == key]
         exact = [place for place in same if among[place] == self.answer]
         if len(same) > 1 and len(exact) != 1:
-            raise InvalidRowError("answer is several of the choices", f"{self.answer!r}")
+            raise InvalidRowError("answer matches several choices", f"{self.answer!r}")
         return exact[0] if len(exact) == 1 else same[0] if same else None
 
     @staticmethod
@@ -124,8 +126,8 @@ class Choices:
 
     def _none(self, why: str = "") -> InvalidRowError:
         asked = (f"give one of {', '.join(map(str, self.labels))}" if self.labels else
-                 "give a choice's own words, a letter from A on, or a number")
-        return InvalidRowError("answer is none of the choices", f"{self.answer!r}: {why or asked}")
+                 "give the text of a choice, a letter from A on, or an index")
+        return InvalidRowError("answer matches no choice", f"{self.answer!r}: {why or asked}")
 
 
 def _format_choice(choice: Any) -> Any:
@@ -137,17 +139,17 @@ def _format_choice(choice: Any) -> Any:
 
 
 def find_numbering(rows: Iterable[Values]) -> Numbering:
-    """What the rows of a source show; see the top of the file."""
+    """Reads from the rows of a source where indices start; see the module docstring."""
     zero = last = False
     for values in rows:
         try:
             asked = Choices.of(values)
             number = asked.number() if asked.named() is None else None
-        except InvalidRowError:  # refused by its reader
+        except InvalidRowError:  # rejected when the row is converted
             continue
         zero, last = zero or number == 0, last or number == len(asked.choices)
     if zero and last:
-        return Numbering(reason="answers are numbers that begin at 0 in one row and at 1 in another")
+        return Numbering(reason="answers are indices that start at 0 in one row and at 1 in another")
     if not zero and not last:
-        return Numbering(reason="answer is a number, and no row shows whether the first choice is 0 or 1")
+        return Numbering(reason="answer is an index, and no row shows whether indices start at 0 or at 1")
     return Numbering(int(last))

@@ -49,7 +49,7 @@ class TextAugmentation(Config):
 
 
 class ImageAugmentation(Config):
-    """Changes an image anew in every epoch: crop, flip or noise."""
+    """Changes an image in a new random way in every epoch: crop, flip or noise."""
 
     name: Literal["crop", "flip", "noise"] = Field(description=(
         "crop: a region of at least `amount` of the area, resized to the original size; flip: left and right swapped; "
@@ -128,7 +128,7 @@ def _augment_example(example: Example, change: TextAugmentation, rng: np.random.
     if isinstance(example, TokenClassificationExample):
         return replace(example, words=tuple(change.text(word, rng) for word in example.words))
     if type(example) not in TEXT_EDITORS:
-        raise DataError(f"{example.origin}: data.augment knows no {change.name} for {type(example).__name__}",
+        raise DataError(f"{example.origin}: data.augment: {change.name} does not support {type(example).__name__}",
                         f"it changes "
                         f"{', '.join(sorted(kind.__name__ for kind in (*TEXT_EDITORS, TokenClassificationExample)))}")
     return TEXT_EDITORS[type(example)](example, lambda text: change.text(text, rng) if text.strip() else text)

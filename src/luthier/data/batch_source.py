@@ -1,6 +1,7 @@
 """Selects the examples of each step: epochs, source weights, and an exact cursor. Read `packing.py` first.
 
-`Loader` keeps its examples in memory. `Stream`, in `streaming.py`, reads them anew in every epoch.
+`InMemoryBatchSource` keeps its examples in memory. `StreamingBatchSource`, in `streaming.py`, reads them again in
+every epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Mix = Sequence[tuple[int, float]]
 
 
 def digest_example(example: TokenizedExample) -> bytes:
-    """What the example trains, whatever its origin and whatever a model said of it: 16 bytes over all else."""
+    """A digest (16 bytes) of what the example trains. Its origin and precomputed model outputs are not included."""
     found = hashlib.blake2b(digest_size=16)
     for span in example.spans:
         found.update(array("q", (span.parent, len(span.ids))).tobytes())
@@ -43,19 +44,21 @@ def digest_example(example: TokenizedExample) -> bytes:
 
 
 def build_changed_data_error(wanted: Any, found: Any) -> DataError:
-    """The cursor of a run belongs to other data."""
-    return DataError(f"the data is not what this run was trained on (fingerprint {found}, the run has {wanted})",
+    """The error for a cursor that belongs to other data."""
+    return DataError(f"the data differs from the data that this run was trained on (fingerprint {found}, expected "
+                     f"{wanted})",
                      "resume with the same files, weights, shuffle, seed, tokenizer and max_length, or start a new run")
 
 
 class InMemoryBatchSource:
-    """An endless run of steps over examples in memory; a `core.protocols.BatchSource`.
+    """An endless sequence of steps over examples in memory; a `core.protocols.BatchSource`.
 
     Args:
-        batch_size: examples of one optimizer step; the last step of an epoch has what is left.
-        max_tokens: the most tokens of one micro-batch, None for no limit.
-        mix: for consecutive runs of `encoded`, how many examples and how often each is seen in an epoch. 2 is twice;
-            0.5 is half of them, another half each epoch. Empty: everything once.
+        batch_size: examples of one optimizer step; the last step of an epoch has the remaining ones.
+        max_tokens: maximum number of tokens of one micro-batch; None: no limit.
+        mix: for consecutive parts of `encoded`, the number of examples and how often each is seen in an epoch. 2 is
+        twice; 0.5
+            is half of them, a different half in each epoch. Empty: every example once.
     """
 
     def __init__(self, encoded: Sequence[TokenizedExample], batch_size: int, max_tokens: int | None,
@@ -63,19 +66,19 @@ class InMemoryBatchSource:
                  seed: int = 0, mix: Mix = ()) -> None:
         self.encoded, self.batch_size, self.max_tokens = encoded, batch_size, max_tokens
         self.shuffle, self.seed, self.mix = shuffle, seed, tuple(mix) or ((len(encoded), 1.0),)
-        assert encoded, "there is something to train on"
+        assert encoded, "there is at least one example"
         assert sum(count for count, _ in self.mix) == len(encoded), "mix covers every example"
         self.epoch, self.row = 0, 0
         self.steps_per_epoch = math.ceil(self._rows / batch_size)
 
     @property
     def _rows(self) -> int:
-        """Examples seen in an epoch."""
+        """The number of examples seen in an epoch."""
         return sum(_count_repeats(count, weight) for count, weight in self.mix)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that decides the order of examples."""
+        """A digest of everything that determines the order of examples."""
         found = hashlib.blake2b(repr((self.mix, self.shuffle, self.seed)).encode(), digest_size=12)
         for example in self.encoded:
             found.update(digest_example(example))

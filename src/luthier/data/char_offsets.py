@@ -1,8 +1,7 @@
-"""Text to token ids, each with the characters that it stands for. Read `chat.py` first; `tokenization.py` goes on from
-here.
+"""Tokenizes text and returns the character range of each token. Read `chat.py` first; `tokenization.py` uses this.
 
-A text is encoded in parts. No token reaches across the place where a sampler begins to write, so the tokens of a prompt
-are the same when it is trained and when it is asked; and what only spells a control token is encoded apart.
+A text is encoded in parts. No token spans the position where generation starts, so a prompt has the same tokens in
+training and in generation. Text that only spells a control token is encoded separately.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from luthier.data.control_tokens import TextPart, split_text
 
 def tokenize_rendered(text: RenderedChat, tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[int],
                                                                                            list[int]]:
-    """Ids, and where each token's characters start and end; both never fall.
+    """Token ids, and the start and end of each token's characters; both never decrease.
 
     Args:
-        special: whether the tokenizer's own marks are put around the whole.
+        special: whether to add the tokenizer's special tokens around the whole text.
     """
     parts = list(split_text(text.text, text.boundaries))
     if tokenizer.is_fast and len(parts) == 1 and not parts[0].plain:
@@ -33,9 +32,9 @@ def _tokenize_whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[lis
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     starts, ends, at = [], [], 0
     for start, end in out["offset_mapping"]:
-        if end < at:  # an end mark of the tokenizer's own, which stands for no characters
+        if end < at:  # the tokenizer's end token, which has no characters
             start = end = at
-        elif start == end:  # white space, where the tokenizer trims it from the offsets
+        elif start == end:  # whitespace, if the tokenizer excludes it from the offsets
             start = min(start, at)
         starts.append(start)
         ends.append(end)
@@ -44,7 +43,7 @@ def _tokenize_whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[lis
 
 
 def _split_further(parts: list[TextPart], text: RenderedChat) -> list[TextPart]:
-    """The parts divided once more where spans start and end, for a tokenizer that keeps no offsets."""
+    """The parts, also split where spans start and end, for a tokenizer without offsets."""
     bounds = {at for span in text.spans for at in (span.start, span.end)}
     found: list[TextPart] = []
     for part in parts:
@@ -55,7 +54,7 @@ def _split_further(parts: list[TextPart], text: RenderedChat) -> list[TextPart]:
 
 def _join_parts(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
                 special: bool) -> tuple[list[int], list[int], list[int]]:
-    """The tokens of the parts one behind the other."""
+    """The tokens of all parts in order."""
     opening, closing = get_special_tokens(tokenizer) if special else ((), ())
     ids, starts, ends = list(opening), [0] * len(opening), [0] * len(opening)
     for part in parts:
@@ -66,15 +65,15 @@ def _join_parts(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
     return [*ids, *closing], starts + [len(text)] * len(closing), ends + [len(text)] * len(closing)
 
 
-ANCHORS = ("\n", ".", "a")  # characters to encode a part behind, tried in turn: some merge with what follows
+ANCHORS = ("\n", ".", "a")  # encoded before a part, tried in order: some merge with the following text
 
 
 def _tokenize_part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[list[int], list[int], list[int]]:
-    """One part. Further ones are encoded behind another character, whose tokens are taken off again: at the beginning
-    of a text some tokenizers write a space that is not there.
+    """Encodes one part. Parts after the first are encoded after an anchor character, whose tokens are then removed: at
+    the start of a text some tokenizers add a space.
 
     Args:
-        plain: it spells a control token, and none of its tokens may be one.
+        plain: the part spells a control token; none of its tokens may be one.
     """
     for anchor in ("",) if first else (*ANCHORS, ""):
         alone = _encode_part(anchor, tokenizer, plain)[0] if anchor else []
@@ -88,7 +87,7 @@ def _tokenize_part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) ->
 
 
 def _encode_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Ids, and the characters of each where the tokenizer knows them."""
+    """Token ids, and the characters of each if the tokenizer returns offsets."""
     options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if plain:
         options["split_special_tokens"] = True
@@ -99,12 +98,12 @@ def _encode_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[int
 
 
 def _ends_at_anchor(offsets: list[tuple[int, int]] | None, count: int, anchor: str) -> bool:
-    """Whether the first `count` tokens stand for the anchor and nothing more."""
+    """Whether the first `count` tokens are exactly the anchor."""
     return offsets is None or all(end <= len(anchor) for _, end in offsets[:count])
 
 
 def _make_monotonic(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Starts and ends of tokens, neither of which falls."""
+    """Starts and ends of tokens, made non-decreasing."""
     starts, ends, at = [], [], 0
     for start, end in offsets:
         start, end = (min(start, at), max(end, at)) if start == end else (start, max(end, at))
@@ -115,7 +114,7 @@ def _make_monotonic(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list
 
 
 def get_special_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens that the tokenizer puts before a text and behind it."""
+    """The special tokens that the tokenizer adds before and after a text."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = list(tokenizer("a", verbose=False)["input_ids"])
     at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), len(whole))

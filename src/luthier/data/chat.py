@@ -1,15 +1,15 @@
-"""Conversations as text: what the model reads, and which characters of it are trained. Read `conversation.py` first.
+"""Renders conversations as text and marks which characters are trained. Read `conversation.py` first.
 
-A turn of the assistant is trained from where a sampler would begin to write to the mark that ends the turn:
+An assistant turn is trained from the position where generation would start to the end-of-turn token:
 
     start    the end of   render(turns before it, with the generation prompt)
-    end      the end of the mark in   render(turns up to it)
+    end      the end of the end-of-turn token in   render(turns up to it)
 
-So the text in front of `start` is exactly what is prompt when that turn is generated: `render_prompt` makes it, for
-evaluation, chat, serving and rollouts alike. Where a turn lies comes from these renderings; nothing is searched for.
+The text before `start` is therefore exactly the prompt of that turn in generation: `render_prompt` renders it for
+evaluation, chat, serving and rollouts. Positions of turns follow from these renderings; the text is never searched.
 
-Some templates rewrite history (they drop the thoughts of earlier turns). Then the text up to one turn is not a
-beginning of the text up to the next, and each trained turn becomes a text of its own, as the model would meet it.
+Some templates rewrite history (they drop the reasoning of earlier turns). Then the text up to one turn is not a prefix
+of the text up to the next turn, and each trained turn becomes a separate text, as the model sees it in generation.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = ["RenderedChat", "RenderError", "WeightedSpan", "find_content_ranges",
            "compute_turn_weights"]
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
-THOUGHTS_LOST = "thoughts that the chat template does not render"
+THOUGHTS_LOST = "reasoning that the chat template does not render"
 
 
 @dataclass(frozen=True)
 class WeightedSpan:
-    """Characters `start` to `end` of a text, and the weight of predicting them."""
+    """Characters `start` to `end` of a text, and their loss weight."""
 
     start: int
     end: int
@@ -51,11 +51,11 @@ class WeightedSpan:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A text, the parts of it that have a weight of their own, in order, and the weight of all the rest.
+    """A text, its weighted spans in order, and the weight of all other characters.
 
     Args:
-        boundaries: where a sampler begins to write: no token reaches across.
-        remarks: the rules by which the row was rendered, for the data report.
+        boundaries: positions where generation starts; no token spans them.
+        remarks: the rules that were used to render the row, for the data report.
     """
 
     text: str
@@ -67,7 +67,7 @@ class RenderedChat:
 
 def compute_turn_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[float | None],
                          loss_on: str) -> list[float]:
-    """The weight of each turn: its own, else what `loss_on` says of its role."""
+    """The weight of each turn: its own, otherwise the weight that `loss_on` gives its role."""
     roles = [turn.role if isinstance(turn, Message) else turn["role"] for turn in turns]
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
     by_rule = {"all": lambda i: 1.0, "last": lambda i: float(i == last),
@@ -76,8 +76,7 @@ def compute_turn_weights(turns: Sequence[Mapping[str, Any] | Message], given: Se
 
 
 def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules, loss_on: str) -> list[RenderedChat]:
-    """The texts of a chat with their trained parts: one, or one for each trained turn where history is rewritten.
-    Raises `RenderError`."""
+    """Renders a chat: one text, or one for each trained turn if the template rewrites history. Raises `RenderError`."""
     conversation = build_conversation(example.messages, example.tools, tokenizer, rules)
     rest = float(loss_on == "all")
     weights = compute_turn_weights(conversation.turns, conversation.weights, loss_on)
@@ -87,17 +86,17 @@ def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRule
     chat.refuse_dropped(len(conversation.turns))
     spoken = [i for i, turn in enumerate(conversation.turns) if turn["role"] == "assistant"]
     if rest and spoken and chat.drops_thought(spoken[-1]):
-        raise RenderError("set data.train_on to assistant, which trains each turn behind its own prompt", THOUGHTS_LOST)
+        raise RenderError("set data.loss_on to assistant, which trains each turn after its own prompt", THOUGHTS_LOST)
     if all(text.startswith(chat.through(i)) for i in own):
         return [chat.rendered(text, own, rest)]
     if rest:
-        raise RenderError("the template rewrites earlier turns, so they cannot have weights of their own")
+        raise RenderError("the template rewrites earlier turns, so these cannot have separate weights")
     return [chat.rendered(chat.alone(i), [i], 0.0) for i in own]
 
 
 def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules) -> tuple[RenderedChat, str]:
-    """The text up to where the assistant's last turn begins (a chat without one: to its end), and that turn's words.
-    Raises `RenderError`."""
+    """The text before the last assistant turn (of a chat without one: the whole text), and that turn's content. Raises
+    `RenderError`."""
     conversation = build_conversation(example.messages, example.tools, tokenizer, rules)
     last = max((i for i, turn in enumerate(conversation.turns) if turn["role"] == "assistant"),
                default=len(conversation.turns))
@@ -110,8 +109,8 @@ def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRu
 
 def find_content_ranges(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
                         rules: RenderingRules) -> tuple[tuple[int, int], ...]:
-    """Where the words of a prompt's turns lie in its text, but for those of system turns: what may be cut away without
-    touching a mark, a header or a system prompt."""
+    """Character ranges of the content of a prompt's turns, except system turns: what truncation may remove without
+    changing a control token, a header or the system prompt."""
     conversation = build_conversation(messages, tools, tokenizer, rules)
     return _ChatRenderer(conversation, [0.0] * len(conversation.turns)).contents()
 
@@ -123,7 +122,7 @@ def _is_answer(turn: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _ChatRenderer:
-    """One conversation being rendered. `whole`: headers of the assistant's turns are trained too."""
+    """Renders one conversation. `whole`: headers of assistant turns are trained too."""
 
     conversation: Conversation
     weights: Sequence[float]
@@ -136,12 +135,12 @@ class _ChatRenderer:
         if (count, generate) not in self.known:
             text = self._render(self.conversation.turns[:count], generate)
             if is_mark_broken(text):
-                raise RenderError("it takes apart a control token that is spelt in a message")
+                raise RenderError("it splits a control token that is written in a message")
             self.known[count, generate] = text
         return self.known[count, generate]
 
     def _render(self, turns: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        """The turns as text. Names the key where the template refuses them for the want of it alone."""
+        """The turns as text. If the template fails only because a key is missing, the error names the key."""
         try:
             return self.conversation.template.render(turns, tools=self.conversation.tools, generate=generate)
         except RenderError as fault:
@@ -158,7 +157,7 @@ class _ChatRenderer:
             return None
 
     def prompt(self, index: int) -> str:
-        """What is prompt for turn `index` of the assistant: all before it, with the generation prompt."""
+        """The prompt of assistant turn `index`: all turns before it, with the generation prompt."""
         if index not in self.prompts:
             opening = self.conversation.template.opening
             prompt = self.until(index, generate=True) if index else opening(self.conversation.tools)
@@ -166,8 +165,8 @@ class _ChatRenderer:
         return self.prompts[index]
 
     def _with_header(self, prompt: str, index: int) -> str:
-        """The prompt, where the template writes no generation prompt behind just these turns: with the header that it
-        writes before the assistant's words."""
+        """The prompt if the template writes no generation prompt after these turns: ends with the header that it
+        writes before the assistant's content."""
         if not self.conversation.template.has_generation_prompt or prompt != self.until(index):
             return prompt
         first, second = (self._try([*self.conversation.turns[:index], {"role": "assistant", "content": content}]) or ""
@@ -175,7 +174,7 @@ class _ChatRenderer:
         return first[:max(measure_common_prefix(first, second), len(prompt))] if first.startswith(prompt) else prompt
 
     def alone(self, index: int) -> str:
-        """The text up to turn `index` and with it, which goes on from its prompt."""
+        """The text up to and including turn `index`, which starts with its prompt."""
         text = self.until(index + 1)
         if self.conversation.turns[index]["role"] != "assistant" or self.whole:
             return text
@@ -185,14 +184,14 @@ class _ChatRenderer:
         if not self.drops_thought(index):
             return text
         if THOUGHT_END in prompt[measure_common_prefix(prompt, self.until(index)) if index else 0:]:
-            raise RenderError("it closes the thoughts before the assistant begins; remove reasoning_content, or name "
-                              "it in data.chat.ignore_keys", THOUGHTS_LOST)
+            raise RenderError("the generation prompt already closes the reasoning; remove reasoning_content, or add "
+                              "it to data.chat.ignore_keys", THOUGHTS_LOST)
         return f"{prompt}{THOUGHT}\n{self._close_thought(index, text[len(prompt):])}"
 
     def _close_thought(self, index: int, words: str) -> str:
-        """The thoughts of a turn, their end, and the words behind them."""
+        """The reasoning of a turn, its end marker, and the content after it."""
         thought = self._thought(index)
-        words = words.removeprefix("\n\n") if thought else words  # these stood behind the thoughts already
+        words = words.removeprefix("\n\n") if thought else words  # these are already after the reasoning
         return f"{thought}\n{THOUGHT_END}\n\n{words}"
 
     def _thought(self, index: int) -> str:
@@ -203,7 +202,7 @@ class _ChatRenderer:
         return str(thought).strip(chr(10))
 
     def drops_thought(self, index: int) -> bool:
-        """Whether the thoughts of turn `index` do not reach the text up to it."""
+        """Whether the text up to turn `index` does not contain its reasoning."""
         turn, thought = self.conversation.turns[index], self._thought(index)
         if not thought.strip():
             return False
@@ -213,27 +212,27 @@ class _ChatRenderer:
         return self._try([*self.conversation.turns[:index], {**turn, **changed}]) == self.until(index + 1)
 
     def _behind(self, prompt: str, text: str, index: int) -> str:
-        """The turn behind a generation prompt that opens a thought, while the turn is rendered without one."""
+        """The turn after a generation prompt that opens reasoning, when the turn is rendered without reasoning."""
         twins = (self.conversation.template.render([*self.conversation.turns[:index],
                                                     {"role": "assistant", "content": content}],
                                            tools=self.conversation.tools) for content in ("qqq", "jjj"))
         shared = min(measure_common_prefix(prompt, other) for other in (text, *twins))
         opened = prompt[shared:]
         if not index or shared < len(self.until(index)) or THOUGHT not in opened:
-            raise RenderError("it rewrites what stands before an assistant's turn")
+            raise RenderError("it rewrites the text before an assistant turn")
         return self._close_thought(index, text[shared:])
 
     def through(self, index: int) -> str:
-        """`alone`, up to the mark that ends the turn; what the template writes behind it is nobody's words."""
+        """`alone` up to the end-of-turn token. Text that the template writes after it belongs to no turn."""
         text, marks = self.alone(index), self.conversation.template.turn_end_texts
         if self.conversation.turns[index]["role"] != "assistant" or self.whole or not marks:
             return text
-        # The template ends with one of them; one that a message spells stands between marks.
+        # The template ends with one of them; one that a message spells is between `START` and `END`.
         at, mark = max((text.rfind(mark), mark) for mark in marks)
         return text[:at + len(mark)] if at >= len(self.prompt(index)) and text[at - 1] != START else text
 
     def rendered(self, text: str, own: Sequence[int], rest: float) -> RenderedChat:
-        """What the template writes behind the mark of the very last turn is left out: nothing comes after it."""
+        """Removes what the template writes after the end-of-turn token of the last turn."""
         last = own[-1] if own else len(self.conversation.turns)
         if last == len(self.conversation.turns) - 1 and not self.whole:
             text = self.through(last)
@@ -249,13 +248,14 @@ class _ChatRenderer:
         return WeightedSpan(start, len(text), self.weights[index])
 
     def boundaries(self, text: str, count: int) -> tuple[int, ...]:
-        """Where the assistant's turns among the first `count` begin in `text`, as far as they are not rewritten."""
+        """Start positions in `text` of the assistant turns among the first `count` turns that the template does not
+        rewrite."""
         spoken = [i for i, turn in enumerate(self.conversation.turns[:count]) if turn["role"] == "assistant"]
         return tuple(len(self.prompt(i)) for i in spoken if text.startswith(self.prompt(i)))
 
     def contents(self) -> tuple[tuple[int, int], ...]:
-        """Where each turn's words lie in the prompt that ends with all turns: between what it shares with the prompt
-        of other words."""
+        """The character range of each turn's content in the prompt of all turns, found by comparing with the prompt of
+        another content."""
         turns, prompt, found = self.conversation.turns, self.prompt(len(self.conversation.turns)), []
         for i, turn in enumerate(turns):
             if turn["role"] in SYSTEM or not turn["content"]:
@@ -270,19 +270,19 @@ class _ChatRenderer:
         return tuple(found)
 
     def refuse_dropped(self, count: int, generate: bool = False) -> None:
-        """Raises `RenderError` where the words of one of the first `count` turns do not reach the text."""
+        """Raises `RenderError` if the text lacks the content of one of the first `count` turns."""
         text = self.until(count, generate) if count else ""
         at, contents = 0, []
         for turn in self.conversation.turns[:count]:
-            contents.append(turn["content"].rpartition(THOUGHT_END)[2].strip())  # earlier thoughts may be left out
+            contents.append(turn["content"].rpartition(THOUGHT_END)[2].strip())  # earlier reasoning may be omitted
             found = text.find(contents[-1], at)
             at = found + len(contents[-1]) if at >= 0 <= found else -1
         if at >= 0:
-            return  # each stands behind the one before it
+            return  # each is after the previous one
         for i, turn in enumerate(self.conversation.turns[:count]):
             if contents[i]:
                 changed = {**turn, "content": turn["content"] + "j"}
                 turns = [*self.conversation.turns[:i], changed, *self.conversation.turns[i + 1:count]]
                 if self.conversation.template.render(turns, tools=self.conversation.tools, generate=generate) == text:
-                    raise RenderError(f"it drops the words of turn {i + 1} ({turn['role']})",
+                    raise RenderError(f"it drops the content of turn {i + 1} ({turn['role']})",
                                       "a turn that the chat template does not render")

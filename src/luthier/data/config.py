@@ -1,4 +1,4 @@
-"""The `data:` part of a recipe. Read `data/formats/registry.py` first for what the files may hold."""
+"""The `data:` part of a recipe. Read `data/formats/registry.py` first for the formats of the files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from luthier.data.augmentation import Augment
 from luthier.data.conversation import ChatConfig, RenderingRules
 from luthier.data.formats.registry import COLUMNS, FormatName
 
-LENGTH = 1024  # tokens, where nobody says
+LENGTH = 1024  # tokens, if the recipe does not set it
 
 
 class Source(Config):
-    """One place that rows come from."""
+    """One source of rows."""
 
-    path: str = Field(description="a file, a folder of files, or the owner/name of a data set on the hub")
-    weight: float = Field(1.0, gt=0, description="times that its rows are seen in an epoch: 2 twice, 0.5 half of them")
+    path: str = Field(description="a file, a folder of files, or the hub id (owner/name) of a data set")
+    weight: float = Field(1.0, gt=0, description="how often an epoch includes its rows: 2 is twice, 0.5 is half of "
+                                                 "them")
     split: str | None = Field(None, description=(
-        "which split of a data set on the hub, a folder, or what `datasets` saved; left out: train for data.train, "
+        "split of a hub data set, a folder, or a data set saved by `datasets`; default: train for data.train, "
         "validation for data.eval, test for data.test; all: every file of a folder"))
-    subset: str | None = Field(None, description="which configuration of a data set on the hub or of a folder")
+    subset: str | None = Field(None, description="configuration of a hub data set or of a folder")
     format: Literal["auto"] | FormatName | None = Field(None, description=(
-        "how the rows of this source are written; left out: as data.format says"))
+        "format of the rows of this source; default: data.format"))
     first_choice: Literal["auto", 0, 1] = Field("auto", description=(
-        "the number of the first choice, where the answers to choices are numbers; auto: 0 or 1 as the rows show it"))
+        "index of the first choice, if answers to choices are indices; auto: 0 or 1, found from the rows"))
     columns: Mapping[str, str | int] | None = Field(None, description=(
-        "standard column: this source's own column; left out: as data.columns says"))
+        "standard column: column of this source; default: data.columns"))
     document: Literal["auto", "line", "file"] = Field("auto", description=(
         "what one document is in plain text: a line or the whole file; auto: a line in .txt, the file in .md"))
 
@@ -45,37 +46,42 @@ class DataConfig(Config):
 
     is_encoder_decoder: ClassVar[bool] = False
 
-    train: tuple[Source, ...] = Field(description="what to train on: a path, a hub name, or a list of them")
+    train: tuple[Source, ...] = Field(description="training rows: a path, a hub id, or a list of sources")
     eval: float | Source | None = Field(None, description=(
-        "what to evaluate on while training: a path, or a fraction of the train rows to hold out by the seed"))
-    test: Source | None = Field(None, description="what to evaluate on at the end")
+        "validation rows, evaluated during training: a path, or the fraction of the training rows to hold out "
+        "(selected by the seed)"))
+    test: Source | None = Field(None, description="test rows, evaluated before and after training")
     format: Literal["auto"] | FormatName = Field("auto", description=(
-        "how rows are written; auto goes by the columns. prompt and completion are put into the base's chat template "
-        "if it has one, unless the format is `completion`, which joins them bare"))
+        "format of the rows; auto: detected from the columns. prompt and completion are rendered with the base's chat "
+        "template if it has one; the format `completion` concatenates them without a template"))
     columns: Mapping[str, str | int] = Field(default_factory=dict, description=(
-        "standard column: the file's own column, where they differ; numbers from 0 mean a table without a header"))
+        "standard column: column of the file, if they differ; numbers from 0 are the columns of a table without a "
+        "header"))
     max_length: int | None = Field(None, ge=2, description=(
-        "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
+        "maximum number of tokens of one example; default: 1024, or the base's context if that is shorter"))
     truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer examples. Truncate: cut the end off, or of a prompt with compared answers the oldest "
-        "words of its turns (never the opening token, a header or the system prompt). Split: cut a document into "
-        "several examples without loss; refuse all else"))
-    system: str | None = Field(None, description="system prompt for the chats that have none")
+        "what happens to longer examples. Truncate: cut off the end; with several answers, cut the oldest words of "
+        "the prompt's turns instead (never the opening token, a header or the system prompt). Split: divide a "
+        "document into several examples, and reject other rows. Refuse: reject the row"))
+    system: str | None = Field(None, description="system prompt for chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
     loss_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
-        "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
+        "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight "
+        "overrides this"))
     share_prompt: Literal["auto"] | bool = Field("auto", description=(
-        "whether a prompt is computed once for all its answers; the result is the same; auto: where that saves much"))
+        "whether a prompt is computed once for all its answers; the result is the same; auto: if that saves at least "
+        "a sixth of the tokens"))
     score_scale: float | None = Field(None, gt=0, description=(
-        "the score of texts that mean the same; left out: 1, 5, 10 or 100, the first that no training row exceeds"))
+        "the maximum score, which means equal meaning; default: the first of 1, 5, 10 and 100 that no training row "
+        "exceeds"))
     augment: tuple[Augment, ...] = Field((), description=(
-        "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures; mixup of "
+        "augmentations of the input: deletion, swap and synonyms of words; crop, flip and noise of images; mixup of "
         "either, with their labels"))
-    shuffle: bool = Field(True, description="whether every epoch has its own order")
+    shuffle: bool = Field(True, description="whether the rows are shuffled again in every epoch")
     max_samples: int | None = Field(None, ge=1, description=(
-        "read at most this many rows of every source, for a quick try"))
+        "maximum number of rows to read from every source, for a quick test"))
     streaming: bool = Field(False, description=(
-        "read the train rows anew in every epoch instead of keeping them; shuffled in blocks, not as a whole"))
+        "read the training rows again in every epoch instead of keeping them in memory; they are shuffled in blocks"))
 
     @field_validator("train", mode="before")
     @classmethod
@@ -86,7 +92,7 @@ class DataConfig(Config):
     @classmethod
     def _some(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
         if not sources:
-            raise ValueError("name at least one file to train on")
+            raise ValueError("give at least one file to train on")
         return sources
 
     @field_validator("eval", "test", mode="before")
@@ -98,7 +104,7 @@ class DataConfig(Config):
     @classmethod
     def _fraction(cls, value: float | Source | None) -> float | Source | None:
         if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError("a fraction to hold out lies between 0 and 1")
+            raise ValueError("the fraction to hold out must be between 0 and 1")
         return value
 
     @field_validator("columns")
@@ -116,11 +122,11 @@ class DataConfig(Config):
     @classmethod
     def _mixed_once(cls, changes: tuple[Augment, ...]) -> tuple[Augment, ...]:
         if sum(change.name == "mixup" for change in changes) > 1:
-            raise ValueError("mixup is named once: a mixture is not mixed again")
+            raise ValueError("mixup may be given only once")
         return changes
 
     def for_source(self, source: Source) -> Self:
-        """The settings with the format and the columns of one source, where it has its own."""
+        """The settings with the format and the columns of one source, if it has its own."""
         own = {key: value for key, value in (("format", source.format), ("columns", source.columns))
                if value is not None}
         return self.model_copy(update=own) if own else self
@@ -132,7 +138,7 @@ class DataConfig(Config):
 
     @property
     def token_limit(self) -> int:
-        """Tokens that one example may have."""
+        """Maximum number of tokens of one example."""
         return self.max_length or LENGTH
 
     @property
@@ -142,7 +148,7 @@ class DataConfig(Config):
 
 
 class DividedConfig(DataConfig):
-    """The same settings, for a base that reads a source and writes its answer, each of at most `max_length` tokens."""
+    """The same settings for encoder-decoder models: source and target have at most `max_length` tokens each."""
 
     is_encoder_decoder: ClassVar[bool] = True
 
@@ -157,7 +163,7 @@ def _normalize_columns(columns: Mapping[str, str | int]) -> Mapping[str, str | i
         if column not in COLUMNS:
             raise ValueError(f"unknown standard column {column!r}: {suggest_nearest(column, COLUMNS)}")
     if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
-        raise ValueError("give names for all columns, or numbers for all of a table without a header")
+        raise ValueError("use names for all columns, or numbers for all columns of a table without a header")
     return columns
 
 

@@ -1,12 +1,12 @@
-"""Control tokens that are only spelt in a text: `What does <|im_end|> mean?`. Read `templates.py` first.
+"""Control tokens that are written in message text: `What does <|im_end|> mean?`. Read `templates.py` first.
 
-By default such a spelling is plain text: a row or a request cannot end a turn or forge one. It is marked before the
-template is rendered and encoded apart from what surrounds it, so the template's own tokens stay tokens. This is the
-reading of Transformers' `apply_chat_template(..., sanitize_control_tokens=True)`.
+By default such text is plain text, so a row or a request cannot end a turn or forge one. It is marked before the
+template is
+rendered and encoded separately from the text around it, so the template's own tokens stay tokens. Transformers'
+`apply_chat_template(..., sanitize_control_tokens=True)` does the same.
 
-What counts as a control token: every special token, and in what others than the assistant say also the added tokens
-that the template writes (`<tool_call>`, say). In the assistant's own turns the marks of thoughts and function calls are
-its own words and stay tokens.
+Control tokens are all special tokens and, except in assistant turns, the added tokens that the template writes (such as
+`<tool_call>`). In assistant turns the markers of reasoning and function calls stay tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from luthier.core.protocols import Tokenizer
 
-START, END = "\ufdd0", "\ufdd1"  # noncharacters of Unicode, which no text that is exchanged may hold
+START, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which text must not contain
 MARKUP = re.compile(r"think|thought|reason|tool|function|call", re.IGNORECASE)  # in tokens that an assistant writes
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A part of a marked text. `plain`: it spells a control token, and is encoded as text."""
+    """A part of a marked text. `plain`: it spells a control token and is encoded as text."""
 
     start: int
     end: int
@@ -35,13 +35,13 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """Which spellings are marked. `own`: in what the assistant says; `others`: in all else."""
+    """The strings to mark. `own`: in assistant turns; `others`: in all other turns."""
 
     own: re.Pattern[str] | None = None
     others: re.Pattern[str] | None = None
 
     def mark(self, value: Any, role: str) -> Any:
-        """`value`, a text or anything with texts inside, with each spelling between `START` and `END`."""
+        """`value` (a text, or a structure of texts) with each control token between `START` and `END`."""
         pattern = self.own if role == "assistant" else self.others
         return value if pattern is None else _mark_value(value, pattern)
 
@@ -56,7 +56,7 @@ def _mark_value(value: Any, pattern: re.Pattern[str]) -> Any:
 
 @lru_cache(maxsize=64)
 def find_control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "text") -> ControlTokens:
-    """The control tokens of a tokenizer, whose chats are rendered by `template`; none where `reading` is `token`."""
+    """The control tokens of a tokenizer whose chats `template` renders; none if `reading` is `token`."""
     if reading == "token":
         return ControlTokens()
     added = list(tokenizer.added_tokens_decoder.values())
@@ -68,7 +68,7 @@ def find_control_tokens(tokenizer: Tokenizer, template: str = "", reading: str =
 
 
 def _compile_pattern(tokens: set[str]) -> re.Pattern[str] | None:
-    """Finds any of them, the longest first."""
+    """Matches any of them, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
@@ -76,18 +76,18 @@ MARKED = re.compile(f"{START}([^{START}{END}]+){END}")
 
 
 def remove_marks(text: str) -> str:
-    """The text without its marks."""
+    """The text without the marks."""
     return MARKED.sub(r"\1", text) if START in text else text
 
 
 def is_mark_broken(text: str) -> bool:
-    """Whether a template took a marked spelling apart."""
+    """Whether a template split a marked string."""
     rest = MARKED.sub("", text) if START in text else text
     return START in rest or END in rest
 
 
 def split_text(text: str, boundaries: Sequence[int]) -> Iterator[TextPart]:
-    """`text` divided at `boundaries` and around marked spellings; the marks themselves are in no part."""
+    """`text` split at `boundaries` and around marked strings; the marks themselves are removed."""
     plain = [(match.start(1), match.end(1)) for match in MARKED.finditer(text)] if START in text else []
     at = 0
     for start, end in [*plain, (len(text) + 1, len(text) + 1)]:

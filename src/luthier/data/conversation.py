@@ -1,20 +1,20 @@
-"""Messages to the turns that a chat template takes, so that nothing of them is lost or added.
+"""Converts messages to the turns of a chat template without losing or adding content.
 
-| a row holds | and the template | then |
+| a row contains | and the template | then |
 |---|---|---|
-| role `developer` | has no such role | it is `system` |
-| a system turn | renders none at that place | it opens the next user's turn, or is one |
-| a system turn | drops it once the assistant has answered | it opens the user's turn, in the saved template too |
-| `reasoning_content` | does not render it | `<think>`, the thoughts and `</think>` open the content |
-| `tool_calls` | does not render them | `<tool_call>`, the call and `</tool_call>` end the content |
+| role `developer` | has no such role | the role becomes `system` |
+| a system turn | renders none at that place | its text is put before the next user turn, or becomes one |
+| a system turn | drops it after an assistant turn | its text is put before the user turn, in the saved template too |
+| `reasoning_content` | does not render it | the content starts with `<think>`, the reasoning, `</think>` |
+| `tool_calls` | does not render them | the content ends with `<tool_call>`, the call, `</tool_call>` |
 | `tools` | does not render them | the system turn lists them |
-| a tool's result | has no role `tool` | a user's turn, between `<tool_response>` and its end |
-| `tool_call_id`, `id`, a tool's `name` | does not render them | left out: they say which call a result belongs to |
-| any other key of a message | does not render it | the row is refused |
-| a spelt control token | - | plain text (`control_tokens.py`) |
+| a tool result | has no role `tool` | a user turn, in `<tool_response>` ... `</tool_response>` |
+| `tool_call_id`, `id`, a tool's `name` | does not render them | omitted: they only link a result to its call |
+| any other key of a message | does not render it | the row is rejected |
+| a control token in text | - | plain text (`control_tokens.py`) |
 
-Each rule that was used is a remark, which the data report counts. Serving takes the same way, so a request is read as a
-training row is. Read `templates.py` first.
+Each rule that was used is a remark, which the data report counts. Serving uses the same rules, so requests are
+rendered like training rows. Read `templates.py` first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from luthier.data.templates import PROBES, ChatTemplate, RenderError, choose_tem
 
 TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
                     "<tool_call> and </tool_call>.\n")
-LINKS = frozenset({"tool_call_id", "id"})  # keys that say which call a result belongs to
+LINKS = frozenset({"tool_call_id", "id"})  # keys that link a result to its call
 SYSTEM = ("system", "developer")
 
 
@@ -42,14 +42,14 @@ class ChatConfig(Config):
     """How messages and prompts become text."""
 
     control_tokens: Literal["text", "token"] = Field("text", description=(
-        "how control tokens that are spelt in a row are read: as plain text, or as the tokens that they spell"))
+        "how control tokens in message text are read: as plain text, or as tokens"))
     ignore_keys: tuple[str, ...] = Field((), description=(
-        "keys of messages to drop; a row with any other key that the chat template does not render is refused"))
+        "message keys to drop; a row with any other key that the chat template does not render is rejected"))
 
 
 @dataclass(frozen=True)
 class RenderingRules:
-    """What decides how messages are rendered; `system` is put before conversations that have no system turn."""
+    """Settings for rendering messages; `system` is added to conversations without a system turn."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)
     system: str | None = None
@@ -57,11 +57,11 @@ class RenderingRules:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template is given.
+    """The input of a template.
 
     Args:
         turns: one mapping each.
-        weights: of each turn, None where nobody gave one.
+        weights: of each turn; None if not given.
         remarks: the rules that were used.
     """
 
@@ -74,7 +74,7 @@ class Conversation:
 
 def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
                        rules: RenderingRules) -> Conversation:
-    """The conversation for the template that renders it. Raises `RenderError` for a key that no rule covers."""
+    """Builds the conversation for the template that renders it. Raises `RenderError` for a key that no rule covers."""
     if rules.system and (not messages or messages[0].role not in SYSTEM):
         messages = [Message("system", rules.system), *messages]
     kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.chat.ignore_keys})
@@ -85,13 +85,13 @@ def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str,
 
 
 def _list_needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
-    """What a template should render, for the choice among several."""
+    """The keys and roles that a template should render, to choose among several templates."""
     keys = {(m.role, key): value for m in messages for key, value in m.extra.items() if key not in LINKS}
     return [(role, key, value) for (role, key), value in keys.items()] + ([("user", "tools", None)] if tools else [])
 
 
 class _Builder:
-    """Applies the rules of the table, one turn after the other."""
+    """Applies the rules of the table turn by turn."""
 
     def __init__(self, template: ChatTemplate, control: ControlTokens) -> None:
         self.template, self.control = template, control
@@ -101,17 +101,17 @@ class _Builder:
 
     def build(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
         if not self.template.given:
-            self._remark("the base has no chat template: turns are written as '### User:' and '### Assistant:', and "
+            self._remark("the base has no chat template: turns are rendered as '### User:' and '### Assistant:', and "
                          "this template is saved with the run")
         elif self.template.eos_added:
-            self._remark("the chat template writes no token at the end of a turn: the eos token is put there, in the "
-                         "template that is saved with the run too")
+            self._remark("the chat template writes no token at the end of a turn: the eos token was added, also in "
+                         "the template that is saved with the run")
         elif self.template.end_of_turn is None:
-            self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not "
-                         "stop")
+            self._remark("neither the chat template nor the tokenizer has an end-of-turn token: generated answers "
+                         "will not stop")
         if self.template.folds_system and messages and messages[0].role in SYSTEM:
-            self._remark("the chat template drops the system turn once the assistant has answered: it opens the user's "
-                         "turn, in the template that is saved with the run too")
+            self._remark("the chat template drops the system turn after an assistant turn: its text was put before "
+                         "the user turn, also in the template that is saved with the run")
         listed = self._mark(list(tools), "tool")
         if listed and not self.template.renders("user", "tools"):
             messages = self._with_tools(messages, listed)
@@ -120,7 +120,8 @@ class _Builder:
         for place, message in enumerate(messages):
             turn = self._turn(message)
             if turn["role"] == "system" and not self._renders_system(place):
-                self._remark("a system turn was put into the user's turn, since the chat template has none there")
+                self._remark("a system turn was put into the user turn, because the chat template supports no system "
+                             "turn there")
                 folded.append(turn["content"])
                 continue
             if folded and turn["role"] != "user":
@@ -141,7 +142,7 @@ class _Builder:
         self.weights.append(weight)
 
     def _add_system_text(self, texts: list[str]) -> None:
-        """System turns with no user's turn behind them: the end of the one before, or a turn of their own."""
+        """System turns without a following user turn: appended to the previous turn, or a separate user turn."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns[-1]["content"] = "\n\n".join([self.turns[-1]["content"], *texts])
         else:
@@ -153,12 +154,12 @@ class _Builder:
     def _mark(self, value: Any, role: str) -> Any:
         marked = self.control.mark(value, role)
         if marked != value:
-            self._remark("control tokens spelt in a message are plain text (data.chat.control_tokens)")
+            self._remark("control tokens in message text were read as plain text (data.chat.control_tokens)")
         return marked
 
     def _with_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
-        """Tools in words, at the end of the system turn."""
-        self._remark("tools are listed in the system turn, since the chat template does not render them")
+        """The tools as text, at the end of the system turn."""
+        self._remark("tools were listed in the system turn, because the chat template does not render them")
         listed = TOOLS_INTRODUCED + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         if messages and messages[0].role in SYSTEM:
             first = messages[0]
@@ -173,33 +174,33 @@ class _Builder:
             if self.template.renders(role, key, value):
                 turn[key] = self._mark(value, role)
             elif key == "reasoning_content" and role == "assistant":
-                self._remark("thoughts were put into the content as <think> ... </think>, since the chat template "
+                self._remark("reasoning was put into the content as <think> ... </think>, because the chat template "
                              "does not render reasoning_content")
                 turn["content"] = f"<think>\n{self._mark(value, role).strip(chr(10))}\n</think>\n\n{turn['content']}"
             elif key == "tool_calls" and role == "assistant":
-                self._remark("function calls were put into the content as <tool_call> ... </tool_call>, since the chat "
-                             "template does not render them")
+                self._remark("function calls were put into the content as <tool_call> ... </tool_call>, because the "
+                             "chat template does not render them")
                 said = [turn["content"]] if turn["content"] else []
                 turn["content"] = "\n".join(said + [format_call(call) for call in self._mark(value, role)])
             elif key in LINKS or (key == "name" and role == "tool"):
                 self._remark(f"the chat template does not render {key!r}, which links a result to its call")
             else:
-                raise RenderError(f"{key!r} of a message with role {role!r}; remove this key, or name it in "
-                                  "data.chat.ignore_keys", "a key of a message that the chat template does not render")
+                raise RenderError(f"{key!r} of a message with role {role!r}; remove this key, or add it to "
+                                  f"data.chat.ignore_keys", "a key of a message that the chat template does not render")
         if role == "tool" and not self.template.tool:
-            self._remark("a tool's result was put into a user's turn as <tool_response> ... </tool_response>, since "
-                         "the chat template has no role for it")
+            self._remark("a tool result was put into a user turn as <tool_response> ... </tool_response>, because the "
+                         "chat template has no role for it")
             return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
         return turn
 
 
 LINK = PROBES["id"]
 LINK_MISSING = "a key that the chat template needs is missing"
-LINK_REFUSED = "a key has a form that the chat template refuses"
+LINK_REFUSED = "a key has a value that the chat template does not accept"
 
 
 def with_links(turns: Sequence[Mapping[str, Any]], replace: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """The turns with an id in every call and result that has none (`replace`: in all), and which keys these are."""
+    """The turns with an id added to every call and result that has none (`replace`: to all), and these keys."""
     keys: dict[str, None] = {}
 
     def linked(mapping: Mapping[str, Any], key: str, kind: str) -> dict[str, Any]:
@@ -217,6 +218,6 @@ def with_links(turns: Sequence[Mapping[str, Any]], replace: bool) -> tuple[list[
 
 
 def format_call(call: Mapping[str, Any]) -> str:
-    """A function call as text, for templates that render none."""
+    """A function call as text, for templates that do not render calls."""
     inner = call.get("function", call)
     return f"<tool_call>\n{json.dumps(inner, ensure_ascii=False)}\n</tool_call>"

@@ -1,8 +1,8 @@
 """Tokenizes every kind of example. Read `tokenization.py` first (predicted text), then `preference_encoding.py`
 (completions).
 
-Texts with a label, tags or a likeness are encoded without what only all the training rows together say: their classes'
-numbers, the scale of their scores. `label_encoding.py` puts these in.
+Texts with a label, tags or a score are encoded without values that depend on all training rows: class indices and the
+scale of scores. `label_encoding.py` adds these.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from luthier.data.preference_encoding import encode_comparison, encode_unpaired
 from luthier.data.rows import RejectedRow
 from luthier.data.tokenization import encode_prompt_with_remarks, encode_text_example
 
-# the example, and whether some of it was cut off; or why there is none
+# the example and whether it was truncated; or the rejected row
 EncodedRows = tuple[list[TokenizedExample], bool] | RejectedRow
-UNENCODED = math.nan  # a label whose number is not known yet
+UNENCODED = math.nan  # a label whose class index is not known yet
 
 
 def encode_example(example: Example, tokenizer: Tokenizer, config: DataConfig, reserved_tokens: int = 1,
                    masking: MaskingConfig | None = None) -> list[TokenizedExample] | RejectedRow:
-    """The example as tokens: one `Encoded`, or several where a text was split; or why there is none."""
+    """The example as tokens: one `TokenizedExample`, or several if a text was split; or the rejected row."""
     made = encode_with_truncation(example, tokenizer, config, reserved_tokens, masking)
     return made if isinstance(made, RejectedRow) else made[0]
 
 
 def encode_with_truncation(example: Example, tokenizer: Tokenizer, config: DataConfig, reserved_tokens: int = 1,
                            masking: MaskingConfig | None = None) -> EncodedRows:
-    """`encode`, and whether some of the example was cut off.
+    """`encode_example`, and whether the example was truncated.
 
     Args:
-        tokenizer: of the base; for pictures, what makes a tensor of pixels.
-        reserved_tokens: tokens that a prompt must leave for its answer.
-        masking: how a part of a document is hidden, where a base is to guess it.
+        tokenizer: of the base; for images, the image processor.
+        reserved_tokens: number of tokens that a prompt must leave free for its answer.
+        masking: how tokens of a document are masked, for masked-token and masked-span pretraining.
     """
     if masking is not None:
         return hidden(example, tokenizer, config, masking)
@@ -71,11 +71,11 @@ def encode_with_truncation(example: Example, tokenizer: Tokenizer, config: DataC
     return ENCODERS[type(example)](example, tokenizer, config)
 
 
-# ---------------------------------------------------------------- texts that are judged as a whole
+# ---------------------------------------------------------------- texts with a label for the whole text
 
 
 def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
-    """One root, with the tokenizer's own marks around it."""
+    """One root, with the tokenizer's special tokens."""
     found = _encode_root(example.text, example.second, example, tokenizer, config)
     if isinstance(found, RejectedRow):
         return found
@@ -84,7 +84,7 @@ def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer,
 
 
 def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
-    """A root for each text, labeled 0 (anchor), 1 (positive), 2 and on (negatives), or all with the score."""
+    """One root per text, labeled 0 (anchor), 1 (positive) and 2, 3, ... (negatives), or all with the score."""
     roots = []
     for text in example.texts:
         found = _encode_root(text, None, example, tokenizer, config)
@@ -98,14 +98,14 @@ def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, confi
 
 
 def _hash_span(span: TokenSpan) -> int:
-    """63 bits of the span's tokens."""
+    """A hash of the span's tokens (63 bits)."""
     digest = hashlib.blake2b(array("q", span.ids).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _encode_root(text: str, second: str | None, example: Example, tokenizer: Tokenizer,
                  config: DataConfig) -> tuple[TokenSpan, bool] | RejectedRow:
-    """A text, or two as the tokenizer joins them (by a line break where it has no mark for that)."""
+    """A text, or a pair as the tokenizer joins it (with a line break if it has no separator token)."""
     options: dict[str, Any] = {"verbose": False}
     if second is not None:
         marked = bool(tokenizer("", text_pair="", verbose=False)["input_ids"])
@@ -117,12 +117,13 @@ def _encode_root(text: str, second: str | None, example: Example, tokenizer: Tok
     if cut:
         ids = tokenizer(text, truncation=True, max_length=config.token_limit, **options)["input_ids"]
     if not ids:
-        return RejectedRow(example.origin, "the tokenizer makes no tokens of it")
+        return RejectedRow(example.origin, "the tokenizer returns no tokens for it")
     return TokenSpan(tuple(ids), (0.0,) * len(ids)), cut
 
 
 def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
-    """One root; the first token of each word holds the word's number, until `label_encoding.py` knows its tag's."""
+    """One root. The first token of each word stores the word's index until `label_encoding.py` replaces it by its
+    tag's."""
     for wide in (False, True):
         text, starts = _join_words(example.words, wide)
         spans = tuple(WeightedSpan(start, start + len(word), 1.0) for start,
@@ -132,7 +133,7 @@ def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokeniz
         if all(a < b for a, b in pairwise(firsts)) and firsts[-1] < len(ids):
             break
     else:
-        return _reject_empty_word(example, tokenizer) or RejectedRow(example.origin, "two words are one token")
+        return _reject_empty_word(example, tokenizer) or RejectedRow(example.origin, "two words share one token")
     if refused := _reject_empty_word(example, tokenizer):
         return refused
     cut = len(ids) > config.token_limit
@@ -150,16 +151,16 @@ def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokeniz
 
 
 def _reject_empty_word(example: TokenClassificationExample, tokenizer: Tokenizer) -> RejectedRow | None:
-    """Why the row cannot be used, where the tokenizer makes nothing of a word: a tag would stand at another's token."""
+    """Why the row cannot be used if a word has no tokens: its tag would be at another word's token."""
     for word in example.words:
         if not any(letter.isalnum() for letter in word) and not tokenizer(word, add_special_tokens=False,
                                                                           verbose=False)["input_ids"]:
-            return RejectedRow(example.origin, "the tokenizer makes no tokens of a word", ascii(word))
+            return RejectedRow(example.origin, "the tokenizer returns no tokens for a word", ascii(word))
     return None
 
 
 def _join_words(words: tuple[str, ...], wide: bool) -> tuple[str, list[int]]:
-    """The words as a text, and where each starts. Between two of a script that knows no spaces there is none, unless
+    """The words as a text, and the start of each. Words of a script without spaces are joined without a space, unless
     `wide`."""
     text, starts = "", []
     for word in words:
@@ -170,24 +171,24 @@ def _join_words(words: tuple[str, ...], wide: bool) -> tuple[str, list[int]]:
     return text, starts
 
 
-# ---------------------------------------------------------------- prompts and pictures
+# ---------------------------------------------------------------- prompts and images
 
 
 def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig,
                    reserved_tokens: int) -> EncodedRows:
-    """The prompt up to where the answer begins; nothing of it is predicted."""
+    """The prompt up to the start of the answer; none of its tokens is predicted."""
     try:
         prompt, _ = encode_prompt_with_remarks(example, tokenizer, config)
     except RenderError as fault:
         return RejectedRow(example.origin, fault.reason, str(fault))
     ids = prompt.ids
     if not ids:
-        return RejectedRow(example.origin, "the tokenizer makes no tokens of it")
+        return RejectedRow(example.origin, "the tokenizer returns no tokens for it")
     if config.is_encoder_decoder and tokenizer.eos_token_id not in (None, ids[-1]):
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
-    reserved_tokens = 0 if config.is_encoder_decoder else reserved_tokens  # the decoder has a length of its own
+    reserved_tokens = 0 if config.is_encoder_decoder else reserved_tokens  # the decoder has its own length
     if len(ids) + reserved_tokens > config.token_limit:
-        return RejectedRow(example.origin, "the prompt leaves no room to answer" if reserved_tokens
+        return RejectedRow(example.origin, "the prompt leaves no space for the answer" if reserved_tokens
                            else "longer than max_length",
                            f"{len(ids)} tokens and {reserved_tokens} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
@@ -198,7 +199,7 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
 
 
 def _encode_image(example: ImageExample, tokenizer: Any, config: DataConfig) -> EncodedRows:
-    """A placeholder and the picture; a picture without a label twice, as two views of it."""
+    """A placeholder token and the image; an image without a label twice, as two views."""
     changes = tuple(change for change in config.augment if isinstance(change, ImageAugmentation))
     views = 1 if example.label is not None else 2
     picture = ImageInput(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)

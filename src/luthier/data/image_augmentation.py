@@ -9,7 +9,8 @@ from luthier.data.images import Pixels
 
 
 def crop_image(pixels: Pixels, smallest: float, rng: np.random.Generator) -> Pixels:
-    """A part with the picture's own proportions and at least `smallest` of its area, stretched to its size."""
+    """A random region with the image's aspect ratio and at least `smallest` of its area, resized to the image's
+    size."""
     height, width = pixels.shape[:2]
     side = float(np.sqrt(rng.uniform(smallest, 1.0)))
     rows, columns = max(1, round(side * height)), max(1, round(side * width))

@@ -29,14 +29,14 @@ from luthier.data.rows import RejectedRow, Row, Rows, open_file
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
-LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a scan that wants cutting up
+LIMIT = 64_000_000  # maximum pixels of one image; more is a decompression bomb, or a scan that should be split
 
 
 # ---------------------------------------------------------------- one file
 
 
 def open_image(file: Path | io.BytesIO) -> Pixels:
-    """A picture file as [height, width, 3], or [height, width] where it is gray. Raises `UnfitError`."""
+    """Reads an image file as [height, width, 3], or [height, width] if it is gray. Raises `InvalidRowError`."""
     if importlib.util.find_spec("PIL") is None:
         raise MissingExtra("pillow", "vision", "reading images")
     from PIL import Image
@@ -75,8 +75,8 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_image_rows(files: Sequence[tuple[Path, Path]]) -> Rows:
-    """A row for each picture, given behind the folder of its split; its label is the subfolder's name, or none where it
-    lies in that folder itself."""
+    """A row for each image, given with the folder of its split. Its label is the name of the subfolder, or none if it
+    is in that folder itself."""
     for folder, file in files:
         inside = file.relative_to(folder).parts
         yield Row({"pixels": ImageFile(file), **({"label": inside[0]} if len(inside) > 1 else {})},
@@ -92,7 +92,7 @@ def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _read_idx_array(beside, 1) if beside.exists() else None
     if labels is not None and len(labels) != len(pixels):
-        raise DataError(f"{file} holds {len(pixels)} images, {beside.name} beside it {len(labels)} labels",
+        raise DataError(f"{file} has {len(pixels)} images, and {beside.name} has {len(labels)} labels",
                         "download both files again")
     for number, picture in enumerate(pixels):
         yield Row({"pixels": picture, **({} if labels is None else {"label": int(labels[number])})},
@@ -104,10 +104,11 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
         raw = stream.read()
     head = 4 + 4 * dimensions
     if len(raw) < head or raw[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "download it again")
+        raise DataError(f"{file} is not an IDX file of bytes with {dimensions} dimensions", "download it again")
     shape = struct.unpack(f">{dimensions}I", raw[4:head])
     if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{file} says it holds {' x '.join(map(str, shape))} bytes, and holds {len(raw) - head}",
+        raise DataError(f"{file} should have {' x '.join(map(str, shape))} bytes by its header, and has "
+                        f"{len(raw) - head}",
                         "it is damaged: download it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 

@@ -38,7 +38,7 @@ class LabelEncoder:
 
     Args:
         classes: names in the order of their indices; None for regression.
-        several: whether a row may have several classes; its label is then one flag for each class.
+        several: whether rows may have several classes; each label is then one flag per class.
         scale: divisor of scores.
     """
 
@@ -70,17 +70,18 @@ def _iterate_labels(labels: Iterable[Label]) -> Iterator[str | float]:
 
 
 def _check_spellings(examples: Sequence[Example]) -> None:
-    """Raises `DataError` where the text of one number with decimals has two spellings: 1.1 and 1.10 are one number, but
-    as the numbers of sections they are two classes, and nothing says which is meant."""
+    """Raises `DataError` if one decimal number is written in two ways: 1.1 and 1.10 are equal as numbers, but may be
+    two classes as text (such as section numbers)."""
     spelled: dict[str, str] = {}
     for example in examples:
         for one in _iterate_labels(_get_labels(example)):
             if isinstance(one, str) and isinstance(parse_number(one), float):
                 first = spelled.setdefault(get_label_key(one), one)
                 if first != one:
-                    raise DataError(f"{example.origin}: the label {one!r} is spelled {first!r} in another row: as "
-                                    "numbers they are one class, as text they are two",
-                                    "spell one class the same way everywhere, or name the classes by text, such as "
+                    raise DataError(f"{example.origin}: the label {one!r} is written {first!r} in another row: as "
+                                    f"numbers they are one class, as text they are two",
+                                    "write one class the same way everywhere, or give the classes names that are not "
+                                    "numbers, such as "
                                     f"'v{one}'")
 
 
@@ -92,7 +93,7 @@ def _get_labels(example: Example) -> tuple[Label, ...]:
 
 
 def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncoder) -> TokenizedExample | RejectedRow:
-    """The example with encoded labels, or why its row is rejected."""
+    """The example with encoded labels, or the rejected row."""
     try:
         if isinstance(example, TokenClassificationExample):
             return _encode_tags(example, encoded, what)
@@ -125,9 +126,9 @@ def _scale_score(score: float, scale: float) -> float:
 def _encode_label(label: Label, what: LabelEncoder) -> float | tuple[float, ...]:
     """A class index, one flag for each class, or the number itself."""
     if what.classes is None and isinstance(label, tuple):
-        raise InvalidRowError("several labels where one number is wanted", ", ".join(label))
+        raise InvalidRowError("several labels instead of one number", ", ".join(label))
     if what.classes is None or not what.several:
-        assert not isinstance(label, tuple), "`several` says whether there are any"
+        assert not isinstance(label, tuple), "`several` is set if any row has several labels"
         return _encode_class(label, what)
     flagged = {_encode_class(one, what) for one in (label if isinstance(label, tuple) else (label,))}
     return tuple(float(i in flagged) for i in range(len(what.classes)))
@@ -141,10 +142,10 @@ def _encode_class(label: str | float, what: LabelEncoder) -> float:
     if found is not None:
         return float(found)
     named = format_class_name(label)
-    position = "; a number is not read as the position of a class: write the class's name"
+    position = "; a number is not an index of a class: write the name of the class"
     there = what.classes if len(what.classes) <= SHOWN else ()
     positions = parse_number(label) is not None and all(parse_number(one) is None for one in what.classes)
-    raise InvalidRowError("a label that is none of the classes",
+    raise InvalidRowError("a label that is not one of the classes",
                           f"{named!r}; " + (f"known: {', '.join(there)}" if there
                                             else suggest_nearest(named, what.classes))
                           + (position if positions else ""))
@@ -152,11 +153,12 @@ def _encode_class(label: str | float, what: LabelEncoder) -> float:
 
 def add_mismatched_completions(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
                                config: DataConfig) -> dict[int, TokenizedExample]:
-    """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt; if
-    none of `examples` has, of the first of `everything`.
+    """The rows of KTO by index, each with a mismatched completion: the answer of the next row with a different answer,
+    after this
+    row's prompt. If no row of `examples` has a different answer, the first such row of `everything` is used.
 
-    Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
-    such mismatched pairs. Raises `DataError` where all answers are the same.
+    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1, estimate the KL divergence from the reference on such
+    pairs. Raises `DataError` if all answers are the same.
     """
     rows = [(place, example) for place, example in enumerate(examples)
             if isinstance(example, UnpairedPreferenceExample)]
@@ -166,8 +168,8 @@ def add_mismatched_completions(examples: Sequence[Example], everything: Sequence
         far = (one for one in everything if isinstance(one, UnpairedPreferenceExample))
         other = next((one.answer for one in chain(near, far) if one.answer != example.answer), None)
         if other is None:
-            raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
-                            "none", "give at least two rows with different answers")
+            raise DataError(f"{example.origin}: an unpaired preference needs a different answer of another row, and "
+                            f"all answers are the same", "give at least two rows with different answers")
         made = encode_unpaired(example, tokenizer, config, other)
         assert not isinstance(made, RejectedRow), f"{example.origin} was encoded before"
         found[place] = made[0][0]
@@ -177,18 +179,18 @@ def add_mismatched_completions(examples: Sequence[Example], everything: Sequence
 def explain_no_streaming(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
     """Why this kind of example cannot be streamed; empty if it can."""
     if isinstance(example, UnpairedPreferenceExample):
-        return "rows with a verdict need another row's answer beside them"
+        return "unpaired preferences need another row's answer"
     if _get_labels(example) and what == ():
-        return "the classes are found by reading all training rows (or name them in the objective)"
+        return "the classes are collected from all training rows (or set objective.labels)"
     if any(isinstance(label, tuple) for label in _get_labels(example)):
-        return "only all rows together say whether a row may have several classes"
+        return "all training rows are needed to find whether a row has several classes"
     if isinstance(example, ContrastiveExample) and example.score is not None and config.score_scale is None:
-        return "the scale of the scores is found by reading all training rows (or say it: data.score_scale)"
+        return "the scale of the scores is found from all training rows (or set data.score_scale)"
     return ""
 
 
 def sum_class_weights(encoded: Iterable[tuple[TokenizedExample, float]], classes: Sequence[str]) -> dict[str, float]:
-    """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
+    """For each class, the sum of its labels' weights, each times the factor of its example."""
     sums = [0.0] * len(classes)
     for example, times in encoded:
         for item in example.labeled_spans:
@@ -198,7 +200,7 @@ def sum_class_weights(encoded: Iterable[tuple[TokenizedExample, float]], classes
                 sums[index] += share * item.weight * times
         for span in example.spans:
             for tag, weight in zip(span.tags, span.weights, strict=False):
-                sums[tag] += weight * times  # of a token without a tag the weight is 0
+                sums[tag] += weight * times  # tokens without a tag have weight 0
     return dict(zip(classes, sums, strict=True))
 
 

@@ -42,21 +42,21 @@ from luthier.data.tokenization import is_conversation, uses_chat_template
 from luthier.data.transforms import apply_fixed, disable_augmentation
 
 Progress = Callable[[str, int], None]
-TICK = 200  # rows between two words of progress
+TICK = 200  # rows between two progress reports
 CLASSED = {ClassificationExample, TokenClassificationExample, ImageExample}  # kinds of example that have classes
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What rows are read for.
+    """How an objective and a model use the rows.
 
     Args:
-        reads: names of the types of example that the objective reads; None for any.
-        classes: see `settle.known`.
-        flat: whether the base cannot compute a prompt once for several answers.
-        reserved_tokens: tokens that a prompt must leave for its answer.
-        others: for each objective, what it reads, for the remedy where this one cannot read the rows.
-        masking: how a part of each document is hidden; None: nothing is.
+        reads: names of the example types that the objective reads; None: any.
+        classes: see `fit_label_encoder`.
+        flat: whether the model cannot compute a prompt once for several answers.
+        reserved_tokens: number of tokens that a prompt must leave free for its answer.
+        others: for each objective, the example types that it reads; used in the error if this one cannot read the rows.
+        masking: how tokens of each document are masked; None: no masking.
     """
 
     reads: frozenset[str] | None = None
@@ -71,7 +71,7 @@ class DatasetSpec:
         return RowReader(self.reads, self.others)
 
     def adapt_config(self, config: DataConfig) -> DataConfig:
-        """The settings as this use allows."""
+        """The settings, changed where the model requires it."""
         if self.flat and not config.is_encoder_decoder:
             return config.model_copy(update={"share_prompt": False})
         return config
@@ -82,18 +82,18 @@ ANY_DATASET = DatasetSpec()
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run trains and evaluates on.
+    """The rows that a run trains and evaluates on.
 
     Args:
-        train, eval, test: encoded; a split text has several entries.
-        eval_examples, test_examples: what those were made of, to generate answers from their prompts.
-        report: what became of every row.
-        mix: for consecutive runs of `train`, how many and how often they are seen in an epoch; for `Loader`.
-        labels: the classes of the train rows, by the order of their numbers.
-        counts: of each, how many labels the train rows have, each as often as its row counts and is seen in an epoch.
-        kinds: the names of the types of all examples.
-        use: what they were read for, with the classes found; for `Stream`.
-        conversations: whether any row is put into a chat template; of streamed rows: whether one could be.
+        train, eval, test: tokenized examples; a split text has several entries.
+        eval_examples, test_examples: the examples before tokenization, to generate answers to their prompts.
+        report: counts of kept, truncated and rejected rows.
+        mix: for consecutive parts of `train`, the number of examples and how often an epoch includes them.
+        labels: the classes of the training rows, in the order of their indices.
+        counts: for each class, the number of labels of the training rows, multiplied by row weights and source weights.
+        kinds: names of the types of all examples.
+        use: how they are used, with the classes found; for `StreamingBatchSource`.
+        conversations: whether any row uses the chat template; for streamed rows, whether one could.
     """
 
     train: list[TokenizedExample]
@@ -114,21 +114,23 @@ def read_datasets(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads:
                   classes: tuple[str, ...] | None = (), flat: bool = False, reserved_tokens: int = 1,
                   others: Mapping[str, Collection[str]] | None = None, masking: MaskingConfig | None = None,
                   progress: Progress | None = None) -> Datasets:
-    """Read, encode and report all that `config` names. With `streaming`, `train` stays empty: `Stream` reads it.
+    """Read, encode and report all sources of `config`. With `streaming`, `train` is empty: `StreamingBatchSource`
+    reads it.
 
     Args:
-        tokenizer: of the base; for pictures, what makes a tensor of pixels.
-        seed: decides which rows are held out where `eval` is a fraction, and how rows are augmented.
-        reads, classes, flat, reserved_tokens, others, masking: see `Use`.
-        progress: told (part, rows read so far) now and then.
+        tokenizer: of the base; for images, the image processor.
+        seed: selects the held-out rows if `eval` is a fraction, and the augmentations.
+        reads, classes, flat, reserved_tokens, others, masking: see `DatasetSpec`.
+        progress: called with (part, rows read so far) at intervals.
     """
     use = DatasetSpec(reads, classes, flat, reserved_tokens, others or {}, masking)
     config = use.adapt_config(config)
     reading = _DatasetReader(config, tokenizer, seed, use, progress)
     train, evaluated, tested = _PartReader("train"), _PartReader("eval"), _PartReader("test")
     if config.streaming and isinstance(config.eval, float):
-        raise DataError(f"eval: {config.eval} holds out a part of rows that are streamed, never known all at once",
-                        "give a file to evaluate on, or do not stream")
+        raise DataError(f"data.eval: the fraction {config.eval} of the training rows cannot be held out, because "
+                        f"data.streaming is set",
+                        "set data.eval to a file, or omit data.streaming")
     held = config.eval if isinstance(config.eval, float) else 0.0
     for number, source in enumerate(() if config.streaming else config.train):
         reading.take(source, number, train, evaluated, held, seed + number)
@@ -164,13 +166,13 @@ def read_datasets(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads:
 
 
 def build_no_rows_error(sources: Sequence[Source]) -> DataError:
-    """What is wrong with files that hold no row at all."""
-    return DataError(f"{', '.join(source.path for source in sources)}: there is no row in it",
-                     "give a file with rows in it (below the header line, where it is a table)")
+    """The error for files without rows."""
+    return DataError(f"{', '.join(source.path for source in sources)}: the file has no rows",
+                     "give a file with rows (in a table, below the header line)")
 
 
 def check_sources(config: DataConfig) -> None:
-    """A `DataError` where a file that `config` names is not there; nothing is read."""
+    """Raises `DataError` if a file of `config` does not exist. Reads nothing."""
     for source in (*config.train, config.eval, config.test):
         if isinstance(source, Source):
             sources.check_source(source.path)
@@ -178,12 +180,12 @@ def check_sources(config: DataConfig) -> None:
 
 @dataclass(frozen=True)
 class _KeptRow:
-    """A row that became an example, and its tokens.
+    """A kept row: its example and its tokens.
 
     Args:
-        cut: whether some of it was cut off.
-        source: the number of the source that it comes from.
-        change: by which augmentation it was changed.
+        cut: whether it was truncated.
+        source: the index of its source.
+        change: the augmentation that changed it.
         added: whether it is a copy that an augmentation added.
     """
 
@@ -196,12 +198,12 @@ class _KeptRow:
 
 
 class _PartReader:
-    """Train, eval or test while it is read."""
+    """Reads one part: train, eval or test."""
 
     def __init__(self, name: str) -> None:
         self.name, self.tally = name, RowCounter()
         self.kept: list[_KeptRow] = []
-        self.seen: set[str] = set()  # names of the files' own columns
+        self.seen: set[str] = set()  # column names of the files
 
     @property
     def encoded(self) -> list[TokenizedExample]:
@@ -212,13 +214,13 @@ class _PartReader:
         return [kept.example for kept in self.kept]
 
     def report(self) -> PartReport:
-        """What became of its rows."""
+        """The report on its rows."""
         return replace(self.tally.part([apply_fixed(one) for one in self.encoded]),
                        labels=count_classes(kept.example for kept in self.kept if not kept.added),
                        augmented=dict(Counter(kept.change for kept in self.kept if kept.change)))
 
     def counts(self, classes: Sequence[str], sources: Sequence[Source]) -> dict[str, float]:
-        """See `Datasets`; empty where there are no classes."""
+        """See `Datasets.counts`; empty if there are no classes."""
         return sum_class_weights(((one, sources[kept.source].weight) for kept in self.kept for one in kept.encoded),
                                  classes) if classes else {}
 
@@ -226,12 +228,12 @@ class _PartReader:
         if self.tally.refused and not self.kept:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the {self.tally.read} {self.name} rows can be used; the first:\n{first}",
-                            "fix the rows, or name their format and columns with `format:` and `columns:`")
+                            "fix the rows, or set `format:` and `columns:`")
 
 
 @dataclass(frozen=True)
 class _DatasetReader:
-    """One `load`: what all of its steps need."""
+    """Reads all parts of one `data:` section."""
 
     config: DataConfig
     tokenizer: Tokenizer
@@ -241,7 +243,7 @@ class _DatasetReader:
 
     def take(self, source: Source, number: int, part: _PartReader, held_part: _PartReader, held: float,
              seed: int) -> None:
-        """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
+        """Read one source into `part`. The fraction `held` of its usable rows goes into `held_part` instead."""
         usable: list[_KeptRow] = []
         config = self.config.for_source(source)
         for count, example in enumerate(iterate_examples(source, self.config, self.use.reader, part.name, part.seen),
@@ -264,7 +266,7 @@ class _DatasetReader:
         return encode_with_truncation(example, self.tokenizer, config, self.use.reserved_tokens, self.use.masking)
 
     def augment(self, part: _PartReader) -> None:
-        """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
+        """Augment the rows. If a changed row cannot be encoded, the original is kept; such a copy is not added."""
         changes = [change for change in self.config.augment if isinstance(change, TextAugmentation)]
         read, part.kept = part.kept, []
         for number, kept in enumerate(read):
@@ -277,7 +279,7 @@ class _DatasetReader:
                     part.kept.append(_KeptRow(example, *found, kept.source, change, added=index > 0))
 
     def mix(self, part: _PartReader, what: LabelEncoder) -> None:
-        """Mix rows with one another; their labels are numbers by now."""
+        """Apply mixup. Labels are class indices at this point."""
         for number, change in enumerate(self.config.augment):
             if not isinstance(change, MixupAugmentation):
                 continue
@@ -291,7 +293,7 @@ class _DatasetReader:
                 part.kept += made
 
     def encode_labels(self, part: _PartReader, what: LabelEncoder, everything: Sequence[Example]) -> None:
-        """Put in what only all the training rows say, and count what became of every row."""
+        """Add the values that depend on all training rows, and count the rows."""
         beside = add_mismatched_completions(part.examples, everything, self.tokenizer, self.config)
         read, part.kept = part.kept, []
         for place, kept in enumerate(read):
@@ -306,7 +308,7 @@ class _DatasetReader:
 
 
 def _choose_held_out(count: int, share: float, seed: int) -> set[int]:
-    """Which rows to hold out: the same for the same seed; at least one, and never all."""
+    """The rows to hold out: the same for the same seed; at least one, never all."""
     if not share or count < 2:
         return set()
     chosen = np.random.default_rng([seed, 1]).permutation(count)[:min(max(1, round(share * count)), count - 1)]
@@ -315,8 +317,8 @@ def _choose_held_out(count: int, share: float, seed: int) -> set[int]:
 
 def iterate_examples(source: Source, config: DataConfig, reader: RowReader, part: str = "train",
                      seen: set[str] | None = None) -> Iterator[Example | RejectedRow]:
-    """Every row of `source` as an example or a refusal, in order, at most `max_samples` of them. The names of the
-    file's own columns are added to `seen`."""
+    """Every row of `source` as an example or a rejected row, in order, at most `max_samples`. The column names of the
+    file are added to `seen`."""
     config = config.for_source(source)
 
     def files() -> Iterator[tuple[str, Rows]]:
@@ -325,7 +327,7 @@ def iterate_examples(source: Source, config: DataConfig, reader: RowReader, part
                                    header=config.header, streaming=config.streaming)
 
     @cache
-    def numbering() -> Numbering:  # the rows are read once more, and only where an answer is a number
+    def numbering() -> Numbering:  # reads the rows a second time, only if an answer is an index
         if source.first_choice != "auto":
             return Numbering(source.first_choice, given=True)
         return find_source_numbering(chain.from_iterable(lines for _, lines in files()), config.columns)

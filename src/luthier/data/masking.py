@@ -4,9 +4,9 @@
     spans   thank you for inviting me </s>   ->  thank you <extra_id_0> me </s>
                                                  <extra_id_0> for inviting <extra_id_1> </s>  is the target
 
-Masked words are for encoders: BERT, Devlin et al. 2019 (arXiv:1810.04805) section 3.1 and appendix A.1. They are drawn
-anew in every epoch as in RoBERTa, Liu et al. 2019 (1907.11692) section 4.1. Masked spans are for encoder-decoder
-models: T5, Raffel et al. 2020 (1910.10683) section 3.1.4, with lengths as in 3.3.4.
+Masked words are for encoders: BERT, Devlin et al. 2019 (arXiv:1810.04805) section 3.1 and appendix A.1. They are
+sampled again in every epoch as in RoBERTa, Liu et al. 2019 (1907.11692) section 4.1. Masked spans are for
+encoder-decoder models: T5, Raffel et al. 2020 (1910.10683) section 3.1.4, with lengths as in 3.3.4.
 
 A tokenized document is stored without masks; `transforms.py` applies them. In training, masks depend on the seed of
 the run, the epoch and the row only, so they do not change with the batch size or after a resume. For held-out rows they
@@ -43,7 +43,7 @@ class MaskingConfig:
         rate: share of a document's tokens that is masked.
         span: mean length of a span, in tokens.
         whole: whether all tokens of a word are masked together.
-        stand: the tokens that replace masked ones: the mask token, or one sentinel for each span.
+        stand: the tokens that replace masked tokens: the mask token, or one sentinel for each span.
         special: special tokens, which are never masked (for spans: tokens that a text must not contain).
         end: the end-of-sequence token, which the target has too.
         words: vocabulary size for random replacements.
@@ -149,16 +149,16 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
 def _build_document(example: TextExample, before: list[int], body: list[int], after: list[int],
                     owners: list[int | None],
                     masking: MaskingConfig) -> TokenizedExample | RejectedRow:
-    """A part of the text between its marks; `owners`: the word of each of its tokens, or empty."""
+    """A part of the text between its special tokens; `owners`: the word of each of its tokens, or empty."""
     strange = next((token for token in body if token in masking.special), None)
     if masking.how == "spans" and strange is not None:
-        return RejectedRow(example.origin, "the text holds a token that stands for hidden spans, or the end mark",
+        return RejectedRow(example.origin, "the text contains a sentinel token or the end-of-sequence token",
                            f"token {strange}")
     weights = [example.weight if token not in masking.special else 0.0 for token in body]
     count = sum(map(bool, weights))
     if count < (1 if masking.how == "words" else 2):
-        return RejectedRow(example.origin, "nothing to train on", f"{count} tokens, of which one is hidden"
-                           + (" and one seen" if masking.how == "spans" else ""))
+        return RejectedRow(example.origin, "nothing to train on", f"{count} tokens, of which one is masked"
+                           + (" and one visible" if masking.how == "spans" else ""))
     if masking.how == "spans" and (needed := _count_spans(count, masking)[1] + 1) > len(masking.stand):
         return RejectedRow(example.origin, "more spans than the tokenizer has sentinels",
                            f"{needed}, and there are {len(masking.stand)}; lower data.max_length or raise "

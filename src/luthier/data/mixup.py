@@ -29,7 +29,7 @@ from luthier.data.label_encoding import LabelEncoder
 
 @dataclass(frozen=True)
 class MixupDraw:
-    """Another row, and the share that the first keeps."""
+    """The index of the other row, and the share of the first row."""
 
     row: int
     share: float
@@ -37,17 +37,17 @@ class MixupDraw:
 
 def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int,
                number: int) -> Iterator[list[MixupDraw | None]]:
-    """For each row what it is itself mixed with, or None; then what its copies are mixed with.
+    """For each row, the row to mix it with, or None; then the rows to mix its copies with.
 
-    Raises `DataError` where there is nothing to mix. `number`: the change's place among those of the recipe.
+    Raises `DataError` if there is nothing to mix. `number`: the index of this augmentation in the recipe.
     """
     for row, example in enumerate(examples):
         if not isinstance(example, ClassificationExample | ImageExample) or example.label is None:
-            raise DataError(f"{example.origin}: data.augment knows no mixup for {type(example).__name__}",
-                            "it mixes texts and pictures that have a label")
+            raise DataError(f"{example.origin}: data.augment: mixup does not support {type(example).__name__}",
+                            "it mixes texts and images with a label")
         if len(examples) < 2:
-            raise DataError("data.augment: mixup mixes two rows, and there is one",
-                            "give more rows, or leave mixup out")
+            raise DataError("data.augment: mixup needs two rows, and there is one",
+                            "give more rows, or omit mixup")
         rng = np.random.default_rng([seed, row, number, 1])
         own = rng.random() < change.replace
         yield [_draw_pair(row, len(examples), change.alpha, rng) if place or own else None
@@ -55,12 +55,12 @@ def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int
 
 
 def _draw_pair(row: int, rows: int, alpha: float, rng: np.random.Generator) -> MixupDraw:
-    """Any other row; the share in float32, as in a batch."""
+    """A random other row; the share in float32, as in a batch."""
     return MixupDraw(int((row + 1 + rng.integers(rows - 1)) % rows), float(np.float32(rng.beta(alpha, alpha))))
 
 
 def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:
-    """One example of `share` times `a` and 1 - `share` times `b`, with the labels mixed alike."""
+    """The mixture of `share` times `a` and 1 - `share` times `b`, labels included."""
     (one,), (other,) = a.labeled_spans, b.labeled_spans
     spans, images = a.spans, a.images
     if images:

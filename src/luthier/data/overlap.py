@@ -30,14 +30,14 @@ MAX_PAIRS = 20  # overlaps listed one by one
 
 @dataclass(frozen=True)
 class Overlap:
-    """Examples of one part whose prompt, but for case, space and punctuation, is also in the train part."""
+    """Examples of one part whose prompt also occurs in the training rows, ignoring case, space and punctuation."""
 
     count: int = 0
     pairs: tuple[tuple[str, str], ...] = ()
 
 
 def count_overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
-    """How many prompts of `other` are in `train` too."""
+    """Counts the prompts of `other` that are also in `train`."""
     asked: dict[str, Example] = {}
     for example in train:
         asked.setdefault(normalize_prompt(example), example)
@@ -47,8 +47,8 @@ def count_overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap
 
 
 def normalize_prompt(example: Example) -> str:
-    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
-    picture, a digest of its pixels."""
+    """The prompt without case, punctuation and extra space: everything before the last answer, except the system
+    prompt. For an image, a digest of its pixels."""
     if isinstance(example, ImageExample):
         return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
     words = PROMPT_READERS[type(example)](example)
@@ -65,7 +65,7 @@ def _split_before_last(example: ChatExample) -> tuple[Message, ...]:
 PROMPT_READERS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
     ChatExample: _split_before_last,
     CompletionExample: lambda example: example.prompt,
-    PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
+    PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts without a common part
     UnpairedPreferenceExample: lambda example: example.prompt,
     PromptExample: lambda example: example.prompt,
     TextExample: lambda example: example.text,

@@ -16,8 +16,8 @@ from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, Tokenized
 def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -> list[Batch]:
     """Packs the examples into as few rows of at most `max_tokens` tokens as first-fit decreasing finds; None: one.
 
-    An example longer than `max_tokens` has a row of its own. What is predicted, with which weight, does not depend on
-    `max_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    An example longer than `max_tokens` has its own row. `max_tokens` changes only the division into rows, not the
+    predictions and their weights. Within a row the examples keep their order.
     """
     if max_tokens is None:
         return [build_batch(encoded)] if encoded else []
@@ -25,7 +25,7 @@ def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -
 
 
 def assign_rows(encoded: Sequence[TokenizedExample], max_tokens: int) -> list[list[int]]:
-    """Which examples share a row; see `pack`."""
+    """The examples of each row; see `pack_examples`."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].num_tokens, i)):
@@ -70,7 +70,7 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
         judged = {item.span_index: len(items) + i for i, item in enumerate(example.labeled_spans)}
         items += [first + item.span_index for item in example.labeled_spans]
         images += [image if isinstance(image, torch.Tensor) else image.tensor() for image in example.images]
-        span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, depth behind it
+        span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, and the position after it
         for number, span in enumerate(example.spans):
             start, before, depth = len(tokens), -1, 0
             if span.parent >= 0:

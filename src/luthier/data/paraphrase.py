@@ -10,11 +10,11 @@ from luthier.data.augmentation import TEXT_EDITORS
 
 def paraphrase_examples(examples: Sequence[Example], generate: Callable[[list[str]], list[str]],
                         ask: str = "Say this in other words, in the same language:\n{text}") -> list[Example]:
-    """A copy of every example with its words said anew by a model.
+    """A copy of every example with its text paraphrased by a model.
 
     Args:
         generate: prompts to answers, in order. For back-translation: a function that translates there and back.
-        ask: the prompt, with `{text}` where the words go.
+        ask: the prompt template, with `{text}` in place of the text.
     """
     texts: list[str] = []
     for example in examples:

@@ -1,16 +1,17 @@
-"""Answers to one prompt, compared or judged, as tokens. Read `tokenization.py` first.
+"""Tokenizes preferences: several answers to one prompt. Read `tokenization.py` first.
 
-Every answer is first spelt whole, behind its prompt, as it would be alone. Two forms follow, which train the same:
+Every answer is first tokenized as a whole text, after its prompt. There are two layouts, which train the same tokens:
 
     repeated    every answer a root:      [prompt answer]  [prompt answer]  ...
     shared      the prompt their parent:  [prompt] -> [answer], [answer], ...
 
-What is shared is the longest beginning of token ids that all answers have and that is not trained in any of them, so
-form and prediction agree token for token. `data.share_prompt: auto` shares where that saves at least `WORTH` of all
-tokens: on a CPU, a pair gained 1.24 times at 128 tokens of prompt to 64 of answer, and lost at 32 to 128 (0.90).
+The shared part is the longest common prefix of token ids that is not trained in any answer, so both layouts have the
+same
+predictions. `data.share_prompt: auto` shares if that saves at least a sixth of all tokens: on a CPU, a pair was 1.24
+times as fast with 128 prompt tokens and 64 answer tokens, and 0.90 times as fast with 32 and 128.
 
-What is too long loses words of its prompt, the oldest first and the same for all answers; the opening token, headers,
-marks and the system prompt stay. It is refused where that is not enough.
+Examples that are too long lose words of their prompt, the oldest first and the same for all answers. The opening token,
+headers, control tokens and the system prompt are kept. If that is not enough, the row is rejected.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MISMATCHED = -1.0  # the label of another row's answer
 
 def encode_comparison(example: PreferenceExample, tokenizer: Tokenizer,
                       config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-    """One item for each answer, labeled with its rank; the best has the margin."""
+    """One labeled span per answer, its label is the rank; the best one has the margin."""
     labels = [(float(rank), (example.margin or 0.0) if rank == 0 else 0.0) for rank in example.ranks]
     row = _PromptAndAnswers(example.prompt, example.answers, example.tools, example.origin)
     return _build_tree(row, labels, example.weight, tokenizer, config)
@@ -52,7 +53,7 @@ def encode_comparison(example: PreferenceExample, tokenizer: Tokenizer,
 
 def encode_unpaired(example: UnpairedPreferenceExample, tokenizer: Tokenizer, config: DataConfig,
                     other: Words | None = None) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-    """One item, labeled 1 or 0; and `other`, an answer to another prompt put behind this one, labeled -1."""
+    """One labeled span with label 1 or 0; and `other`, a mismatched completion after this prompt, with label -1."""
     answers = (example.answer,) if other is None else (example.answer, other)
     labels = [(float(example.good), 0.0), (MISMATCHED, 0.0)][:len(answers)]
     row = _PromptAndAnswers(example.prompt, answers, example.tools, example.origin)
@@ -71,15 +72,15 @@ class _PromptAndAnswers:
 
 @dataclass(frozen=True)
 class _Truncation:
-    """What is kept: of the `shared` first tokens, which all texts begin with, all but those in `removed`, and each
-    text up to its stop."""
+    """The tokens that truncation keeps: the first `shared` tokens, common to all texts, without those in `removed`;
+    and each text up to its stop."""
 
     shared: int
     stops: tuple[int, ...]
     removed: frozenset[int] = frozenset()
 
     def kept(self, start: int, stop: int) -> list[int]:
-        """The places of the tokens that are kept between two places."""
+        """The indices of kept tokens in a range."""
         return [i for i in range(start, stop) if i not in self.removed]
 
 
@@ -110,8 +111,8 @@ def _build_span(text: TokenizedText, places: Sequence[int], parent: int) -> Toke
 
 def _tokenize_answers(row: _PromptAndAnswers, tokenizer: Tokenizer,
                       config: DataConfig) -> list[TokenizedText] | RejectedRow:
-    """Every answer behind its prompt; only the answers' words have a weight. The row's own is its items': on the words
-    it would scale log-probabilities, not losses."""
+    """Every answer after its prompt; only answer tokens have a weight. The weight of the row belongs to its labeled
+    spans: as a token weight it would scale log-probabilities, not losses."""
     if config.loss_on == "all":
         config = config.model_copy(update={"loss_on": "assistant"})
     found: list[TokenizedText] = []
@@ -125,7 +126,7 @@ def _tokenize_answers(row: _PromptAndAnswers, tokenizer: Tokenizer,
         if isinstance(texts, RejectedRow):
             return texts
         if len(texts) > 1:
-            return RejectedRow(row.origin, "an answer of several turns under a template that rewrites earlier turns")
+            return RejectedRow(row.origin, "an answer has several turns, and the chat template rewrites earlier turns")
         if not any(texts[0].weights[1:]):
             return RejectedRow(row.origin, "an answer has nothing to train on")
         found += texts
@@ -138,7 +139,7 @@ def _get_messages(prompt: Words) -> tuple[Message, ...]:
 
 def _truncate_prompt(row: _PromptAndAnswers, texts: Sequence[TokenizedText], whole: int, tokenizer: Tokenizer,
                      config: DataConfig) -> _Truncation | RejectedRow:
-    """Cuts words of the prompt away until the first `whole` texts fit; the end of any further ones."""
+    """Removes words of the prompt until the first `whole` texts fit; further texts lose their end."""
     prompt = _count_shared_tokens(texts)
     longest = max(len(text.ids) for text in texts[:whole])
     excess = max(0, longest - config.token_limit)
@@ -149,18 +150,17 @@ def _truncate_prompt(row: _PromptAndAnswers, texts: Sequence[TokenizedText], who
         return RejectedRow(row.origin, "longer than max_length", f"{longest} tokens, at most {config.token_limit}")
     words = _find_removable_tokens(row, texts[0], prompt, tokenizer, config)
     if excess >= max(len(words), 1):
-        return RejectedRow(row.origin, "an answer leaves no room for its prompt",
+        return RejectedRow(row.origin, "an answer leaves no space for its prompt",
                            f"{longest} tokens, at most {config.token_limit}; "
-                           f"{len(words)} of them are words of the prompt, of "
-                           "which one at least is kept")
+                           f"{len(words)} of them are prompt tokens that may be removed, and at least one must be kept")
     return _Truncation(prompt, stops, frozenset(words[:excess]))
 
 
 def _find_removable_tokens(row: _PromptAndAnswers, text: TokenizedText, prompt: int, tokenizer: Tokenizer,
                            config: DataConfig) -> list[int]:
-    """The places of the tokens that are words of the prompt's turns, and nothing of the template or the tokenizer."""
+    """Indices of the tokens of the content of the prompt's turns, without tokens of the template or the tokenizer."""
     if config.is_encoder_decoder:
-        return list(range(prompt - 1))  # a source keeps its end mark
+        return list(range(prompt - 1))  # a source keeps its end token
     if isinstance(row.prompt, str) and not uses_chat_template(tokenizer, config) and not row.tools:
         return list(range(len(get_special_tokens(tokenizer)[0]), prompt))
     ranges = find_content_ranges(_get_messages(row.prompt), row.tools, tokenizer, config.rules)
@@ -170,7 +170,7 @@ def _find_removable_tokens(row: _PromptAndAnswers, text: TokenizedText, prompt: 
 
 
 def _count_shared_tokens(texts: Sequence[TokenizedText]) -> int:
-    """How many tokens all texts begin with, of those that no text trains."""
+    """The length of the common prefix of untrained tokens."""
     columns = zip(*(zip(text.ids, text.weights, strict=True) for text in texts), strict=False)
     return sum(1 for _ in takewhile(lambda column: all(weight == 0 and token == column[0][0]
                                                        for token, weight in column), columns))

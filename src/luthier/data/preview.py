@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim; before each span what it
-    continues and how it is judged, behind each tagged word its tag.
+    """The example as the model reads it: trained text in green, other text dim. Each span starts with its parent and
+    its label; each tagged word is followed by its tag.
 
     Args:
         labels: the names of the classes.
@@ -42,7 +42,7 @@ def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequ
 
 
 def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
-    """How a span is judged."""
+    """The label of a span as text."""
     if item.soft_label:
         shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.soft_label) if share]
         return f"label {', '.join(shares)}"
@@ -58,7 +58,7 @@ def _format_class(number: float, labels: Sequence[str]) -> str:
 
 
 def _find_token_runs(span: TokenSpan) -> list[tuple[bool, int, int]]:
-    """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
+    """Start and end of consecutive tokens that are all predicted or all not predicted. A tag is a separate range."""
     predicted = set(span.predicted)
     starts = [i for i in range(len(span.ids))
               if not i or (i in predicted) != (i - 1 in predicted) or (span.tags and i in predicted)]

@@ -1,4 +1,4 @@
-"""One reader for each way of writing rows as text: JSON, JSON lines, tables, plain text. Read `rows.py` first."""
+"""Readers of JSON, JSON Lines, tables and plain text. Read `rows.py` first."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ def _read_json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key stands twice: the second would silence the first."""
+    """A JSON object. A duplicate key is an error, because the second value would replace the first."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
     return made
 
 
 def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
-    """Elements of an array, or objects in a run. Behind a broken one, the next that is indented alike is read."""
+    """Elements of an array, or consecutive objects. After an invalid one, reading continues at the next object with
+    the same indentation."""
     raw = stream.read()
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     decoder, skip = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys), re.compile(r"[\s,]*")
@@ -79,14 +80,14 @@ def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
 
 
 def _find_next_object(text: str, at: int) -> int | None:
-    """Where the next line begins that opens an object with the same indent as the line of `at`."""
+    """The start of the next line that opens an object with the same indentation as the line of `at`."""
     indent = text[text.rfind("\n", 0, at) + 1:at]
     found = re.compile(rf"^{indent}(?=\{{)", re.MULTILINE).search(text, at + 1) if not indent.strip() else None
     return found.end() if found else None
 
 
 def _read_csv(stream: IO[bytes], name: str, header: bool) -> Rows:
-    # strict: a quote that is never closed would otherwise swallow the rest of the file into one cell.
+    # strict: otherwise the rest of the file after an unclosed quote would become one cell.
     yield from _read_table(stream, name, header, {"delimiter": ",", "strict": True})
 
 
@@ -108,7 +109,7 @@ def _read_table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str
     other = next((mark for mark in ";\t|," if len(names) == 1 and mark in names[0] and mark != dialect["delimiter"]),
                  None)
     if other:
-        raise DataError(f"{name}:1: the header line {names[0][:60]!r} is one column; its names look to be parted by "
+        raise DataError(f"{name}:1: the header line {names[0][:60]!r} is one column; its names seem to be separated by "
                         f"{other!r}", "write the table with commas (.csv) or tabs (.tsv)")
     repeated = {column for column in names if names.count(column) > 1}
     if repeated:
@@ -159,14 +160,15 @@ READERS: dict[str, Callable[[IO[bytes], str, bool], Rows]] = {
 
 def build_row(value: Any, origin: Origin) -> Row | RejectedRow:
     if not isinstance(value, dict):
-        return RejectedRow(origin, "not an object", f"a row is a mapping of columns, this is {type(value).__name__}")
+        return RejectedRow(origin, "not an object", f"a row must be a mapping of columns, not {type(value).__name__}")
     if _has_surrogate(value):
         return RejectedRow(origin, NOT_UTF8)
     return Row(value, origin)
 
 
 def _has_surrogate(value: Any) -> bool:
-    """Whether a string in it holds half of a surrogate pair: a byte that was not UTF-8, or a broken JSON escape."""
+    """Whether it contains a string with half of a surrogate pair: a byte that was not UTF-8, or an invalid JSON
+    escape."""
     if isinstance(value, str):
         return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
     if isinstance(value, dict):

@@ -24,34 +24,34 @@ from luthier.data.rows import RejectedRow
 if TYPE_CHECKING:
     pass
 
-LISTED = 1000  # refusals named one by one; all of them are counted
-PAIRS = 20  # duplicates and overlaps named one by one
-LABELS = 20  # counted in a sentence; more are in the file
+LISTED = 1000  # rejected rows that are listed; all of them are counted
+PAIRS = 20  # duplicates and overlaps that are listed
+LABELS = 20  # labels that are printed; the file has all of them
 BINS = 20
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What became of the rows of one part: train, eval or test.
+    """Counts and statistics of the rows of one part: train, eval or test.
 
     Args:
-        read: rows met. Each is kept or refused.
+        read: rows read. Each is kept or rejected.
         kept: rows that became examples.
-        truncated: of the kept, those that lost their end to `max_length`.
-        truncated_rows: where the first of them stand.
-        unmatched_columns: columns that `data.columns` names and no row has.
-        encoded: examples that they became; more than `kept` where texts were split.
-        reasons: how many rows were refused for each reason.
+        truncated: kept rows that were truncated to `max_length`.
+        truncated_rows: file and line of the first of them.
+        unmatched_columns: columns in `data.columns` that no row has.
+        encoded: number of tokenized examples; more than `kept` if texts were split.
+        reasons: number of rejected rows for each reason.
         refused: the first of them, with file, line and detail.
         duplicates: examples whose tokens and weights occurred before; they are kept.
-        duplicate_pairs: where the first of them stand, each with where it occurred before.
-        trained: tokens that are predicted with a weight, out of `tokens`.
+        duplicate_pairs: file and line of the first of them, each with its earlier occurrence.
+        trained: tokens with a loss weight, out of `tokens`.
         lengths: quantiles of the tokens of an encoded example.
         histogram: `edges` (one more than `counts`) and `counts` of the same.
         labels: how many rows (words, where words have tags) have each label.
         augmented: how many rows each augmentation changed or added; the added ones are not among `read` and `kept`.
-        remarks: how many of the kept rows each rule of `conversation.py` was used for.
+        remarks: number of kept rows for which each rule of `conversation.py` was used.
     """
 
     read: int = 0
@@ -75,7 +75,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The parts by name, and for eval and test how much of them is in train."""
+    """The parts by name, and the overlap of eval and test with train."""
 
     parts: Mapping[str, PartReport]
     overlaps: Mapping[str, Overlap] = field(default_factory=dict)
@@ -90,13 +90,13 @@ class DataReport:
         said = []
         for name, part in self.parts.items():
             share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.trained else ""
-            cut = f", the first {part.truncated_rows[0]}" if part.truncated_rows else ""
+            cut = f", first: {part.truncated_rows[0]}" if part.truncated_rows else ""
             said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{cut}{share}")
-            where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
-            said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
+            where = {r["reason"]: f", first: {r['file']}:{r['line']}" for r in reversed(part.refused)}
+            said += [f"{name}: {count} rejected: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
             said += [f"{name}: {count} of {part.kept} rows: {remark}" for remark, count in part.remarks.items()]
-            said += [f"{name}: warning: data.columns names {column!r}, which no row has"
+            said += [f"{name}: warning: data.columns maps {column!r}, which is in no row"
                      for column in part.unmatched_columns]
             if part.labels and len(part.labels) <= LABELS:
                 told = sorted(part.labels.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -104,8 +104,8 @@ class DataReport:
             said += [f"{name}: {count} rows changed or added by {change}" for change, count in part.augmented.items()]
             if part.duplicates:
                 first, second = part.duplicate_pairs[0]
-                said.append(f"{name}: {part.duplicates} exact duplicates kept, the first {second} of {first}")
-        said += [f"{name}: {o.count} prompts also in train, the first {o.pairs[0][0]} and {o.pairs[0][1]}"
+                said.append(f"{name}: {part.duplicates} exact duplicates kept, first: {second} of {first}")
+        said += [f"{name}: {o.count} prompts also in train, first: {o.pairs[0][0]} and {o.pairs[0][1]}"
                  for name, o in self.overlaps.items() if o.count]
         return said
 
@@ -137,7 +137,7 @@ class RowCounter:
             self.cut.append(str(origin))
 
     def state(self) -> dict[str, Any]:
-        """As plain data, to go on counting after a resume."""
+        """A JSON value, to continue counting after a resume."""
         return {**vars(self), "refused": [[r.origin.file, r.origin.line, r.reason, r.detail] for r in self.refused]}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class RowCounter:
                           remarks=Counter(state.get("remarks", {})), unmatched=list(state.get("unmatched", ())))
 
     def part(self, encoded: Sequence[TokenizedExample]) -> PartReport:
-        """The counts so far, and what `encoded` is like."""
+        """The counts so far, with statistics of `encoded`."""
         count, pairs = _count_duplicates(encoded)
         lengths = np.array([example.num_tokens for example in encoded] or [0])
         longest = int(lengths.max()) or 1

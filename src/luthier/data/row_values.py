@@ -1,6 +1,6 @@
-"""Values of a row, checked: text, numbers, weights, labels, JSON inside strings. Read `rows.py` first.
+"""Reads and checks values of a row: text, numbers, weights, labels, JSON in strings. Read `rows.py` first.
 
-Whatever is not as it should be is an `UnfitError`, which `data/formats/registry.py` turns into a refusal with file and
+An invalid value raises `InvalidRowError`, which `data/formats/registry.py` converts to a rejected row with file and
 line.
 """
 
@@ -15,12 +15,12 @@ from luthier.core.labels import get_label_key, get_label_name, is_oversized, par
 
 Values = Mapping[str, Any]
 Label = str | float | tuple[str, ...]
-EXACT = 2 ** 53  # up to here a float holds every integer
-SHOWN = 60  # characters of a value in a message
+EXACT = 2 ** 53  # floats represent all integers up to this
+SHOWN = 60  # characters of a value that a message shows
 
 
 class InvalidRowError(ValueError):
-    """A row cannot become an example: a reason to count by, and what is particular to the row."""
+    """A row cannot be used: `reason` is counted, `detail` concerns this row only."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
@@ -39,7 +39,7 @@ def read_string(values: Values, column: str, default: str | None = None) -> str:
 
 
 def read_nonempty_string(values: Values, column: str) -> str:
-    """Text that says something."""
+    """A string that is not empty."""
     found = read_string(values, column)
     if not found.strip():
         raise InvalidRowError(f"empty {column}")
@@ -47,7 +47,7 @@ def read_nonempty_string(values: Values, column: str) -> str:
 
 
 def read_number(value: Any, column: str) -> float:
-    """A finite number, or its text as tables hold it; see `core/labels.py`."""
+    """A finite number, also as text in a table cell; see `core/labels.py`."""
     found = parse_number(value)
     if found is None:
         raise InvalidRowError(f"{column} is not a number", _shorten(value))
@@ -56,7 +56,7 @@ def read_number(value: Any, column: str) -> float:
 
 
 def check_finite(found: float, column: str) -> None:
-    """Raises `UnfitError` for NaN, an infinity, or an integer that 64 bits do not hold."""
+    """Raises `InvalidRowError` for NaN, an infinity, or an integer beyond 64 bits."""
     if is_oversized(found):
         raise InvalidRowError(f"{column} is an integer beyond 64 bits", _shorten(found))
     if not math.isfinite(found):
@@ -64,7 +64,7 @@ def check_finite(found: float, column: str) -> None:
 
 
 def _shorten(value: Any) -> str:
-    """A value for a message, cut to what a line holds."""
+    """A value for a message, shortened to fit a line."""
     if isinstance(value, int) and is_oversized(value):
         return f"{value.bit_length()} bits"  # Python refuses to print integers of thousands of digits
     said = repr(value)
@@ -88,7 +88,7 @@ def read_row_weight(values: Values) -> float:
 
 
 def parse_json(value: Any, what: str) -> Any:
-    """JSON inside a string, or the value itself where it is already structured."""
+    """Parses a JSON string; a value that is not a string is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -98,7 +98,7 @@ def parse_json(value: Any, what: str) -> Any:
 
 
 def read_list(values: Values, column: str) -> list[Any]:
-    """A list, or one as JSON in a table's cell."""
+    """A list, also as JSON in a table cell."""
     found = parse_json(values[column], column)
     if not isinstance(found, (list, tuple)):
         raise InvalidRowError(f"{column} is not a list", f"it is {type(found).__name__}")
@@ -119,8 +119,8 @@ def read_tools(values: Values) -> tuple[Mapping[str, Any], ...]:
 
 
 def read_label(value: Any, column: str = "label") -> Label:
-    """A name, a number, or a list of names, which a table's cell may hold as JSON; whether a number is a class or a
-    measure is for the objective to say."""
+    """A name, a number, or a list of names (in a table cell as JSON). The objective decides whether a number is a
+    class or a value."""
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
         value = _parse_list_text(value)
     if isinstance(value, (list, tuple)):
@@ -129,7 +129,7 @@ def read_label(value: Any, column: str = "label") -> Label:
 
 
 def _parse_list_text(value: str) -> Any:
-    """The list that a text holds as JSON, or the text itself."""
+    """The list if the text is a JSON list, otherwise the text."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -137,8 +137,8 @@ def _parse_list_text(value: str) -> Any:
 
 
 def _read_single_label(value: Any, column: str) -> str | float:
-    """One label. Text keeps its spelling, true and false their words, and integers that a float does not hold all of
-    their digits."""
+    """One label. Text is unchanged, true and false become text, and integers beyond the precision of a float become
+    text."""
     found = parse_number(value)
     if isinstance(value, str) and not value.strip():
         raise InvalidRowError(f"empty {column}")
@@ -150,13 +150,13 @@ def _read_single_label(value: Any, column: str) -> str | float:
         check_finite(found, column)
     if isinstance(value, str):
         return value.strip()
-    assert found is not None, "whatever else is no number is refused above"
+    assert found is not None, "other types are rejected above"
     return get_label_name(value) if isinstance(value, bool) or abs(found) > EXACT else float(found)
 
 
 def format_class_name(value: Label) -> str:
-    """A class's name as its row spells it; `core/labels.py` says which names are one value."""
-    assert not isinstance(value, tuple), "`label` refuses a list within a list"
+    """The name of a class as it is written in the row; `core/labels.py` decides which names are equal."""
+    assert not isinstance(value, tuple), "`read_label` rejects nested lists"
     return value if isinstance(value, str) else get_label_key(value)
 
 
@@ -164,9 +164,9 @@ VERDICTS = {"1": True, "good": True, "desirable": True, "0": False, "bad": False
 
 
 def read_verdict(value: Any) -> bool:
-    """Good or bad; true and false are 1 and 0."""
+    """Whether a label means desirable; true and false are 1 and 0."""
     said = get_label_key(value).lower()
     if said not in VERDICTS:
-        raise InvalidRowError("label is neither good nor bad",
+        raise InvalidRowError("label is not desirable or undesirable",
                               f"{_shorten(value)}; known: {', '.join(VERDICTS)}, true, false")
     return VERDICTS[said]

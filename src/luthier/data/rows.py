@@ -62,4 +62,4 @@ def open_file(file: Path) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(raw)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
         raise DataError(f"{file} cannot be read: {fault}",
-                        "it is damaged, or not what its suffix says: download it again, or fix the suffix") from fault
+                        "the file is damaged or has the wrong suffix: download it again, or fix the suffix") from fault

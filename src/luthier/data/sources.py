@@ -1,23 +1,23 @@
-"""Rows with their origin, out of files, folders and the hub. The first step of the data room: read this file first.
+"""Reads rows with their origin from files, folders and the hub. The first step of the package: read this file first.
 
     path -> files -> rows (a mapping of columns, and `file:line`)
 
-A row that cannot be read is a `Refusal` with its reason, and reading goes on. A file that cannot be read at all
-(missing, empty, damaged, or not what its suffix says) is one `DataError`.
+A row that cannot be read becomes a `RejectedRow` with a reason, and reading continues. A file that cannot be read at
+all (missing, empty, damaged, or in another format than its suffix) raises `DataError`.
 
 | suffix                       | rows                                                                       |
 |------------------------------|----------------------------------------------------------------------------|
-| `.json`                      | the elements of an array, or objects one after the other                   |
-| `.jsonl` `.ndjson`           | one object a line                                                          |
-| `.csv`                       | RFC 4180 with a header line; without one where `columns` gives numbers     |
-| `.tsv`                       | the same with tabs; a quote means itself unless it encloses the whole cell |
+| `.json`                      | the elements of an array, or consecutive objects         |
+| `.jsonl` `.ndjson`           | one object per line                                                        |
+| `.csv`                       | RFC 4180 with a header line, or without one if `columns` has numbers       |
+| `.tsv`                       | the same with tabs; quotes are literal unless they enclose the whole cell  |
 | `.parquet`                   | its rows                                                                   |
-| `.txt`                       | one document a line; blank lines are no documents                          |
+| `.txt`                       | one document per line; blank lines are skipped                             |
 | `.md`                        | the whole file is one document                                             |
 | a folder of images         | images; the subfolder is the class                                       |
-| `*images-idx3-ubyte`         | images as MNIST keeps them, with their labels from the file beside it    |
+| `*images-idx3-ubyte`         | images in MNIST's format, with labels from the file in the same folder   |
 
-`.gz`, `.bz2`, `.xz` and `.zst` behind any of the text suffixes are unpacked while reading.
+Text files compressed as `.gz`, `.bz2`, `.xz` or `.zst` are decompressed while reading.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def read_source(path: str, *, split: str | None = None, subset: str | None = None, part: str = "train",
                 document: str = "auto",
                 header: bool = True, streaming: bool = False) -> Iterator[tuple[str, Rows]]:
-    """Each file that `path` names, and its rows: a file, a folder of them, or a data set's name on the hub.
+    """Each file of `path` (a file, a folder, or a hub id of a data set) with its rows.
 
     Args:
-        split: None: the one that `part` of a recipe (train, eval, test) reads, where there are several.
+        split: None: the split that `part` of a recipe (train, eval, test) reads, if there are several.
         subset: None: the only one, or the default one.
     """
     place = Path(path).expanduser()
@@ -81,45 +81,45 @@ def read_source(path: str, *, split: str | None = None, subset: str | None = Non
 
 
 def _check_no_subset(path: str, subset: str | None, split: str | None = None) -> None:
-    """A `DataError` where a subset, or of one file a split, is named that is not there."""
+    """Raises `DataError` for a subset of a path without subsets, or for a split of a single file."""
     if subset is not None:
-        raise DataError(f"{path} has no subset {subset!r}: it has no subsets", "leave out subset")
+        raise DataError(f"{path} has no subset {subset!r}: it has no subsets", "omit subset")
     if split not in (None, TRAIN, ALL):
-        raise DataError(f"{path} is one file, which has no split {split!r}", "leave out split: all its rows are read")
+        raise DataError(f"{path} is one file, which has no split {split!r}", "omit split to read all its rows")
 
 
 def _group_images(folder: Path, images: Sequence[Path], split: str | None, part: str) -> list[tuple[Path, Path]]:
-    """Of each image of a split the folder whose subfolders are its classes, and the image. The folders right below
-    `folder` are splits where all of them are called so."""
+    """The images of a split, each with the folder whose subfolders are classes. Direct subfolders of `folder` are
+    splits if all of them have names of splits."""
     above = {file: file.relative_to(folder).parts[0] for file in images if file.parent != folder}
     splits = {name: KEYWORDS[name.lower()] for name in above.values() if name.lower() in KEYWORDS}
     held = any(found != TRAIN for found in splits.values())
     strange = next((file for file in images if above.get(file) not in splits), None)
     if split == ALL or not splits or (strange and not held):
         if split not in (None, TRAIN, ALL):
-            raise DataError(f"{folder} has no split {split!r}", "leave out split: its folders are classes")
+            raise DataError(f"{folder} has no split {split!r}", "omit split: its subfolders are classes")
         return [(folder / above[file] if above.get(file) in splits and not strange else folder, file)
                 for file in images]
     if strange:
         raise DataError(f"{folder} has the splits {', '.join(sorted(splits))}, and {strange.relative_to(folder)}, "
-                        "whose folder is none", "name the folder of one split, or set split to all where they are "
-                        "classes")
+                        "whose folder is not a split", "give the folder of one split, or set split to all if the "
+                                                       "folders are classes")
     wanted = resolve_split(split, part, splits, str(folder))
     return [(folder / name, file) for file, name in above.items() if splits[name] == splits[wanted]]
 
 
 def check_source(path: str) -> None:
-    """A `DataError` where `path` names no file, no folder, and cannot be a data set's name on the hub."""
+    """Raises `DataError` if `path` is not a file, a folder or a valid hub id."""
     place = Path(path).expanduser()
     if not place.exists() and not (HUB_NAME.fullmatch(path) and not _get_suffix(place)):
         raise _build_missing_error(place)
 
 
 def read_file(file: Path, *, document: str = "auto", header: bool = True) -> Rows:
-    """The rows of one file, by its suffix."""
+    """The rows of one file, read by its suffix."""
     kind = _get_suffix(file)
     if kind not in READERS:
-        raise DataError(f"{file} has a suffix that is not known as data: {file.suffix!r}",
+        raise DataError(f"{file} has an unknown suffix: {file.suffix!r}",
                         f"known: {' '.join(READERS)}, each also with {' '.join(OPENERS)}")
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty", "give a file with rows in it")
@@ -133,7 +133,7 @@ def read_file(file: Path, *, document: str = "auto", header: bool = True) -> Row
 
 
 def _get_suffix(file: Path) -> str:
-    """The suffix that says how rows are written: `.jsonl` of `a.jsonl.gz`; empty where it is not known."""
+    """The suffix that decides the format: `.jsonl` of `a.jsonl.gz`; empty if it is unknown."""
     suffix = file.suffix.lower()
     if suffix in OPENERS:
         suffix = Path(file.stem).suffix.lower()
@@ -143,7 +143,7 @@ def _get_suffix(file: Path) -> str:
 def _list_files(folder: Path) -> list[Path]:
     files = _list_data_files(folder)
     if not files:
-        raise DataError(f"the folder {folder} holds no data file", f"known suffixes: {' '.join(READERS)}; or images")
+        raise DataError(f"the folder {folder} has no data file", f"known suffixes: {' '.join(READERS)}; or images")
     return files
 
 
@@ -154,12 +154,12 @@ def _list_data_files(folder: Path) -> list[Path]:
 
 
 def _list_idx_files(folder: Path, split: str) -> list[Path]:
-    """IDX files of images of a split, or of any: MNIST's own name for the test split is t10k."""
+    """IDX files of images of one split, or of all. MNIST's name for the test split is t10k."""
     there = [file for file in sorted(folder.iterdir()) if IDX.search(file.name)]
     named = [file for file in there if file.name.startswith((split, "t10k") if split == TEST else split)]
     if there and not named:
         raise DataError(f"{folder} has no split {split!r}",
-                        f"it has: {', '.join(file.name for file in there)}; name one with split")
+                        f"it has: {', '.join(file.name for file in there)}; set split to one of them")
     return named
 
 
@@ -170,8 +170,8 @@ def _build_missing_error(place: Path) -> DataError:
     names = [entry.name for entry in folder.iterdir()]
     below = place.relative_to(folder).parts[0] if folder != Path(".") else place.parts[0]
     close = difflib.get_close_matches(below, names, n=1, cutoff=0.5)
-    hint = f"did you mean {folder / close[0]}?" if close else "check the path; it starts from the current folder"
-    return DataError(f"there is no file {place}", hint)
+    hint = f"did you mean {folder / close[0]}?" if close else "check the path, which is relative to the current folder"
+    return DataError(f"file {place} not found", hint)
 
 
 def _read_unpacked(file: Path, kind: str, header: bool) -> Rows:
@@ -179,7 +179,7 @@ def _read_unpacked(file: Path, kind: str, header: bool) -> Rows:
         head = stream.peek(16)[:16]
         found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
         if found:
-            raise DataError(f"{file} is {found}, not {kind[1:]} as its suffix says",
+            raise DataError(f"{file} has the content of {found}, but the suffix .{kind[1:]}",
                             "give it the right suffix, or convert it")
         if not head.strip() and not stream.peek().strip():
             raise DataError(f"{file} is empty", "give a file with rows in it")
@@ -192,7 +192,8 @@ def _read_unpacked(file: Path, kind: str, header: bool) -> Rows:
 def _read_parquet(file: Path) -> Rows:
     with file.open("rb") as stream:
         if stream.read(4) != b"PAR1":
-            raise DataError(f"{file} is not Parquet as its suffix says", "give it the right suffix, or convert it")
+            raise DataError(f"{file} has the suffix .parquet but is not a Parquet file", "give it the right suffix, "
+                                                                                         "or convert it")
     import datasets
 
     try:
@@ -200,12 +201,13 @@ def _read_parquet(file: Path) -> Rows:
             rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _number_rows(rows, str(file))
     except (OSError, ValueError) as fault:
-        raise DataError(f"{file} cannot be read as Parquet: {fault}", "the file is damaged; get it anew") from fault
+        raise DataError(f"{file} cannot be read as Parquet: {fault}",
+                        "the file is damaged; download it again") from fault
 
 
 @contextmanager
 def _silence_libraries() -> Iterator[None]:
-    """What the libraries say while they fail is told once, by the error that comes of it."""
+    """Silences log lines of libraries that fail, because the resulting error reports the failure."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     try:
@@ -224,7 +226,7 @@ def _read_saved_dataset(folder: Path, split: str | None, part: str) -> Rows:
     if isinstance(found, datasets.DatasetDict):
         found = found[resolve_split(split, part, list(map(str, found)), str(folder))]
     elif split not in (None, TRAIN, ALL, str(found.split)):
-        raise DataError(f"{folder} is one saved split, {found.split}, and not {split!r}", "leave out split")
+        raise DataError(f"{folder} is one saved split, {found.split}, not {split!r}", "omit split")
     yield from _number_rows(found, str(folder))
 
 
@@ -235,8 +237,9 @@ def _read_hub_dataset(name: str, split: str, subset: str | None, streaming: bool
         with _silence_libraries():
             rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except (OSError, ValueError) as fault:
-        raise DataError(f"{name!r} is no file or folder here, and as a data set on the hub it cannot be had: {fault}",
-                        "check the name, its `split` and `subset`, and the network; or give a file") from fault
+        raise DataError(f"{name!r} is not a file or folder, and it cannot be loaded as a data set from the hub: "
+                        f"{fault}",
+                        "check the name, `split`, `subset` and the network connection, or give a file") from fault
     yield from _number_rows(rows, f"{name}[{split}]")
 
 
@@ -250,8 +253,8 @@ def _number_rows(rows: Any, name: str) -> Rows:
 
 
 def _remove_padding(value: Any) -> Any:
-    """A value without the nulls that a table puts into a struct for the fields that other rows have and this one has
-    not: `{"city": "Oslo", "x": null}` is `{"city": "Oslo"}`, as it would stand in a line of JSON."""
+    """A value without the nulls that a table adds to a struct for fields of other rows: `{"city": "Oslo", "x": null}`
+    becomes `{"city": "Oslo"}`."""
     if isinstance(value, dict):
         return {key: _remove_padding(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
@@ -260,7 +263,7 @@ def _remove_padding(value: Any) -> Any:
 
 
 def _has_class_names(feature: Any) -> bool:
-    """Whether the data set itself declares the names of the numbers in a column."""
+    """Whether the data set declares class names for a column."""
     import datasets
 
     while isinstance(feature, (datasets.List, datasets.LargeList)):
@@ -269,7 +272,7 @@ def _has_class_names(feature: Any) -> bool:
 
 
 def _decode_class_names(value: Any, feature: Any) -> Any:
-    """The declared names of class numbers. A number that has none, such as the -1 of rows without a label, is none."""
+    """The declared names of class indices. An index without a name, such as -1 of unlabeled rows, becomes None."""
     if isinstance(value, list):
         return [_decode_class_names(inner, feature.feature) for inner in value]
     if not isinstance(value, int):

@@ -1,7 +1,9 @@
 """Training on rows that do not fit in memory. Read `batch_source.py` first.
 
-Every epoch reads the sources anew, a row of each in turn. Examples are shuffled in blocks. The cursor is the number of
-rows before the current block, and of examples taken from it: who resumes skips the former and reads the latter again.
+Every epoch reads the sources again, one row of each in turn. Examples are shuffled in blocks. The cursor is the number
+of rows
+before the current block and the number of examples taken from the block: resuming skips the former and reads the block
+again.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from luthier.data.transforms import apply_random
 
 
 class StreamingBatchSource:
-    """An endless run of steps over rows that are read anew in every epoch; a `core.protocols.BatchSource`.
+    """An endless sequence of steps over rows that are read again in every epoch; a `core.protocols.BatchSource`.
 
     Args:
         block: examples that are shuffled together, and kept in memory.
 
-    `steps_per_epoch` is 0: how many rows there are is not known. `tally` counts the rows of the first epoch.
+    `steps_per_epoch` is 0, because the number of rows is unknown. `tally` counts the rows of the first epoch.
     """
 
     steps_per_epoch = 0
@@ -45,7 +47,8 @@ class StreamingBatchSource:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, max_tokens: int | None,
                  seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
         if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
-            raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
+            raise DataError("data.augment has no effect with data.streaming: streamed rows are not augmented",
+                            "omit data.streaming")
         self.config, self.use = use.adapt_config(config), use
         self.tokenizer, self.seed, self.block = tokenizer, seed, block
         self.known = fit_label_encoder((), use.classes or None, config)
@@ -55,21 +58,21 @@ class StreamingBatchSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings, and of name and size of the files; their rows are not read for it."""
+        """A digest of the settings and of name and size of the files; their rows are not read."""
         sizes = [file.stat().st_size for source in self.config.train for file in sorted(Path(source.path).rglob("*"))
                  or [Path(source.path)] if file.is_file()]
         said = repr((self.config.model_dump_json(), sizes, self.seed, self.block))
         return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
 
     def _begin(self, epoch: int, row: int) -> None:
-        """Stand before row `row` of an epoch, with an empty block."""
+        """Move to row `row` of an epoch, with an empty block."""
         self.epoch, self.row, self.next_row, self.taken = epoch, row, row, 0
         self.queue: list[TokenizedExample] = []
         self._rows = islice(self._epoch(epoch), row, None)
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Example | RejectedRow, DataConfig]]:
-        """The rows of an epoch with their source's settings, one of each source in turn, each as often as its weight
-        says."""
+        """The rows of an epoch with their source's settings, one row of each source in turn, repeated by the source's
+        weight."""
         open_ = [self._source(source, np.random.default_rng([self.seed, epoch, index]))
                  for index, source in enumerate(self.config.train)]
         while open_:
@@ -90,7 +93,7 @@ class StreamingBatchSource:
             yield from ((row, config) for row in again if rng.random() < source.weight - whole)
 
     def _refill(self) -> None:
-        """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""
+        """The next block, shuffled by the seed and its position; empty at the end of the epoch."""
         self.row, self.taken, self.queue = self.next_row, 0, []
         for example, config in self._rows:
             self.next_row += 1
@@ -109,7 +112,7 @@ class StreamingBatchSource:
     def _encoded(self, example: Example, config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
         reason = explain_no_streaming(example, self.use.classes, self.config)
         if reason:
-            raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
+            raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "omit data.streaming")
         made = encode_with_truncation(example, self.tokenizer, config, self.use.reserved_tokens, self.use.masking)
         if isinstance(made, RejectedRow):
             return made
@@ -126,7 +129,7 @@ class StreamingBatchSource:
                 self.tally.keep(outcome, origin, encoded)
 
     def _batch(self) -> list[TokenizedExample]:
-        """Up to `batch_size` examples of this epoch."""
+        """Returns up to `batch_size` examples of this epoch."""
         chosen: list[TokenizedExample] = []
         while len(chosen) < self.batch_size:
             if self.taken >= len(self.queue):
@@ -151,7 +154,7 @@ class StreamingBatchSource:
         if not chosen:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
-                            "fix the rows, or name their format and columns with `format:` and `columns:`")
+                            "fix the rows, or set `format:` and `columns:`")
         return pack_examples(chosen, self.max_tokens)
 
     def state(self) -> dict[str, Any]:
@@ -159,8 +162,8 @@ class StreamingBatchSource:
                 "tally": self.tally.state()}
 
     def report(self, others: DataReport) -> DataReport:
-        """What became of the rows of the first epoch that were read so far, besides what is known of other parts. Who
-        keeps no row knows neither their lengths nor duplicates."""
+        """The report on the rows of the first epoch that were read so far, added to the report of other parts. It has
+        no lengths and no duplicates, because rows are not kept."""
         return replace(others, parts={"train": replace(self.tally.part([]), lengths={}, histogram={}), **others.parts})
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -1,14 +1,14 @@
-"""A tokenizer's chat templates, and what they render. Read `core/examples.py` first; then `conversation.py`.
+"""The chat templates of a tokenizer, and what they render. Read `core/examples.py` first; then `conversation.py`.
 
-Training, evaluation, chat, serving, rollouts and exports all take their template from `chat_templates`. What a template
-does is found by rendering short probes, never by reading its source:
+Training, evaluation, chat, serving, rollouts and exports all use `load_chat_templates`. Properties of a template are
+found by rendering short test messages, never by reading its source:
 
     end_of_turn      the token that ends an assistant's turn; a template without one is extended by the eos token
     system, late_system, developer     which of these roles it knows
-    renders(role, key)                 whether a key of a message (`tool_calls`, `name`, ...) reaches the text
+    renders(role, key)                 whether a key of a message (`tool_calls`, `name`, ...) changes the text
 
 A tokenizer without a template gets `FALLBACK_TEMPLATE`. Both the extended and the fallback template are ordinary Jinja,
-so what is saved with a run renders the same text in every other tool.
+so a saved template renders the same text in every other tool.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ EOS_ADDED = (
     "{%- set turns.all = turns.all + [dict(message, content=(message['content'] or '') + eos_token)] -%}"
     "{%- else -%}{%- set turns.all = turns.all + [message] -%}{%- endif -%}"
     "{%- endfor -%}{%- set messages = turns.all -%}")
-"""Put before a template that writes no mark at the end of a turn: every assistant's turn then ends with eos."""
+"""Prepended to a template without an end-of-turn token: every assistant turn then ends with eos."""
 
 FOLD_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user'"
     " and messages[0]['content'] is string and messages[1]['content'] is string -%}"
     "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
     " + messages[2:] -%}{%- endif -%}")
-"""Put before a template that drops the system turn once the assistant has answered: it opens the user's turn."""
+"""Prepended to a template that drops the system turn after an assistant turn: its text is put before the user turn."""
 
 Turn = Mapping[str, Any]
 DEFAULT = "default"
-TOOLS_TEMPLATE = "tool_use"  # the name that Transformers prefers where a conversation has tools
+TOOLS_TEMPLATE = "tool_use"  # the template name that Transformers prefers for conversations with tools
 ASSISTANT = {"role": "assistant", "content": "qqq"}
 USER = {"role": "user", "content": "zzz"}
 PROBES: Mapping[str, Any] = {
@@ -61,9 +61,10 @@ PROBES: Mapping[str, Any] = {
 
 
 class RenderError(ValueError):
-    """The chat template refuses this conversation, or hides where a turn begins. `reason`: one of few, to count by."""
+    """The chat template cannot render this conversation, or the start of a turn cannot be found. `reason` is
+    counted."""
 
-    def __init__(self, detail: str, reason: str = "the chat template refuses it") -> None:
+    def __init__(self, detail: str, reason: str = "the chat template raises an error") -> None:
         self.reason = reason
         super().__init__(detail)
 
@@ -73,10 +74,10 @@ class ChatTemplate:
     """One template and its tokenizer.
 
     Args:
-        source: Jinja, as it is rendered and saved.
-        given: whether the tokenizer brought it; else it is the fallback.
-        eos_added: whether `EOS_ADDED` was put before it.
-        folds_system: whether `SYSTEM_FOLDED` was put before it.
+        source: the Jinja source that is rendered and saved.
+        given: whether it is the tokenizer's own; otherwise it is the fallback.
+        eos_added: whether `EOS_ADDED` was prepended.
+        folds_system: whether `FOLD_SYSTEM` was prepended.
     """
 
     name: str
@@ -88,7 +89,7 @@ class ChatTemplate:
     known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
-        """The conversation as text; with `generate`, up to where the assistant begins. Raises `RenderError`."""
+        """Renders the conversation; with `generate`, up to the start of the assistant turn. Raises `RenderError`."""
         try:
             return str(self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.source, tokenize=False,
@@ -97,15 +98,15 @@ class ChatTemplate:
             raise RenderError(str(error) or type(error).__name__) from error
 
     def renders(self, role: str, key: str, value: Any = None) -> bool:
-        """Whether `key` of a message of `role` changes the text; `tools` is a key of no message.
+        """Whether `key` of a message with `role` changes the text; `tools` is not a key of a message.
 
         Args:
-            value: tried where the key is none of `PROBES`.
+            value: used if the key is not in `PROBES`.
         """
         found = self.known.get((role, key))
         if found is None:
             found = self._reaches(role, key, PROBES.get(key, value))
-            if found or key in PROBES:  # another value of a key without a probe may still reach the text
+            if found or key in PROBES:  # another value of a key without a probe may still change the text
                 self.known[role, key] = found
         return found
 
@@ -116,7 +117,7 @@ class ChatTemplate:
                   "tool": [USER, {"role": "assistant", "content": "", "tool_calls": PROBES["tool_calls"]}]}.get(
                       role, [USER])
         links = {"tool_call_id": PROBES["tool_call_id"]} if role == "tool" and key != "tool_call_id" else {}
-        # A template may want text in a turn, or none beside a call: either will do.
+        # A template may require text in a turn, or no text next to a call: try both.
         for content in ("qqq", ""):
             bare = {"role": role, "content": content, **links}
             without, having = self._try([*before, bare]), self._try([*before, {**bare, key: value}])
@@ -132,19 +133,19 @@ class ChatTemplate:
 
     @cached_property
     def system(self) -> bool:
-        """Whether a conversation may open with a system turn."""
+        """Whether a conversation may begin with a system turn."""
         return "sss" in (self._try([{"role": "system", "content": "sss"}, USER]) or "")
 
     @cached_property
     def drops_answered_system(self) -> bool:
-        """Whether it renders a system turn only as long as the assistant has not answered, as that of Mistral v3."""
+        """Whether it renders a system turn only before the first assistant turn, as Mistral v3 does."""
         turns = [{"role": "system", "content": "sss"}, USER, ASSISTANT]
         answered = (self._try(turns), self._try([*turns, USER]))
         return self.system and any(text is not None and "sss" not in text for text in answered)
 
     @cached_property
     def late_system(self) -> bool:
-        """Whether a system turn may stand further on, beside the one that a conversation opens with."""
+        """Whether a system turn may also occur later in a conversation."""
         turns = [USER, ASSISTANT, {"role": "system", "content": "sss"}, USER]
         first = [{"role": "system", "content": "rrr"}, *turns] if self.system else turns
         text = self._try(first) or ""
@@ -158,18 +159,18 @@ class ChatTemplate:
 
     @cached_property
     def developer(self) -> bool:
-        """Whether it has a role `developer` of its own. ChatML-like templates write any role as it is called: they do
-        not know it, and a model that was tuned with them has never seen it."""
+        """Whether it supports the role `developer`. ChatML-like templates render any role name. This does not count as
+        support, because a model trained with them has not seen the role."""
         return "developer" in self.source
 
     @cached_property
     def has_generation_prompt(self) -> bool:
-        """Whether it writes something where the assistant is to begin."""
+        """Whether it writes a generation prompt."""
         return self._try([USER], generate=True) != self._try([USER])
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The text of the token that ends an assistant's turn; None where the template writes none."""
+        """The text of the token that ends an assistant turn; None if the template writes none."""
         ids = self._tail_ids(*({"content": content} for content in ("qqq", "jjj")))
         marks = {**_index_added_tokens(self.tokenizer)}
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token is not None:
@@ -177,8 +178,8 @@ class ChatTemplate:
         return next((marks[token] for token in ids if token in marks and marks[token].strip()), None)
 
     def _tail_ids(self, *keys: Turn) -> Sequence[int]:
-        """The tokens behind an assistant's last turn: all that the renderings of two turns, which differ in these keys
-        alone, have in common at their ends."""
+        """The tokens after the content of the last assistant turn: the common suffix of the renderings of two turns
+        that differ only in these keys."""
         rendered = [self._try([USER, {"role": "assistant", **key}]) for key in keys]
         if None in rendered:
             return ()
@@ -189,14 +190,14 @@ class ChatTemplate:
 
     @cached_property
     def turn_end_texts(self) -> tuple[str, ...]:
-        """The texts of the tokens that end an assistant's turn: `end_of_turn`, and that of `call_stop_token`."""
+        """The texts of the tokens that end an assistant turn: `end_of_turn`, and that of `call_stop_token`."""
         call = self.call_stop_token
         found = (self.end_of_turn, None if call is None else str(self.tokenizer.added_tokens_decoder[call].content))
         return tuple(text for text in found if text is not None)
 
     @cached_property
     def call_stop_token(self) -> int | None:
-        """The id of the token that ends a turn of function calls, where it is another than `stop_token`."""
+        """The id of the token that ends a turn of function calls, if it differs from `stop_token`."""
         (call,) = PROBES["tool_calls"]
         ids = self._tail_ids(*({"content": "", "tool_calls": [
             {**call, "function": {"name": "vvv", "arguments": {"w": value}}}]} for value in ("qqq", "jjj")))
@@ -216,15 +217,15 @@ class ChatTemplate:
                     None)
 
     def opening(self, tools: Sequence[Turn] = ()) -> str:
-        """What stands before the words of an assistant that speaks first: all that two renderings, which differ in
-        nothing but these words, have in common at their beginnings. Raises `RenderError` where it may not."""
+        """The text before the content of a first assistant turn: the common prefix of two renderings that differ only
+        in this content. Raises `RenderError` if the template does not support it."""
         first, second = (self.render([{"role": "assistant", "content": content}], tools=tools)
                          for content in ("qqq", "jjj"))
         return first[:measure_common_prefix(first, second)]
 
 
 def measure_common_prefix(first: str, second: str) -> int:
-    """How many characters two texts share at their beginning."""
+    """Length of the common prefix of two texts."""
     if second.startswith(first):
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))
@@ -232,7 +233,7 @@ def measure_common_prefix(first: str, second: str) -> int:
 
 
 def _index_added_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
-    """Tokens that are looked for in a text as they stand, by their ids."""
+    """Tokens that are matched in a text before tokenization, by their ids."""
     return _read_added_tokens(tokenizer, len(tokenizer))
 
 
@@ -242,8 +243,8 @@ def _read_added_tokens(tokenizer: Tokenizer, size: int) -> Mapping[int, str]:
 
 
 def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
-    """The tokenizer's templates by name, each with a mark at the end of a turn; `default` stands first where there is
-    one, and a single template has this name."""
+    """The tokenizer's templates by name, each with an end-of-turn token. `default` is first if there is one; a single
+    template has this name."""
     given = tokenizer.chat_template
     sources: dict[str, str | None] = dict(given) if isinstance(given, Mapping) else {DEFAULT: given or None}
     names = sorted(sources, key=lambda name: (name != DEFAULT, name != TOOLS_TEMPLATE, name))
@@ -252,7 +253,7 @@ def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
 
 @lru_cache(maxsize=64)
 def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
-    """`source` as it is rendered. Cached: probing costs some twenty renderings."""
+    """The template for `source`, extended if necessary. Cached, because probing needs about twenty renderings."""
     found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
     if found.drops_answered_system:
         found = ChatTemplate(name, FOLD_SYSTEM + found.source, tokenizer, found.given, folds_system=True)
@@ -264,8 +265,8 @@ def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: 
 
 
 def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]], tools: bool) -> ChatTemplate:
-    """The template that renders all of `needs`, (role, key, value) each; where none does, the one that Transformers
-    takes: `tool_use` for a conversation with tools, else `default`, else the first."""
+    """The first template that renders all of `needs` (role, key, value). If none does, the one that Transformers uses:
+    `tool_use` for a conversation with tools, otherwise `default`, otherwise the first."""
     found = load_chat_templates(tokenizer)
     usual = found.get(TOOLS_TEMPLATE) if tools else None
     usual = usual or next(iter(found.values()))
@@ -274,15 +275,14 @@ def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]],
 
 
 def get_saved_chat_template(tokenizer: Tokenizer) -> Any:
-    """What a tokenizer's `chat_template` must be for other tools to render what was trained: a text, or several by
-    name."""
+    """The value of `chat_template` with which other tools render the trained format: a text, or several by name."""
     found = {name: template.source for name, template in load_chat_templates(tokenizer).items()}
     return found if isinstance(tokenizer.chat_template, Mapping) else found[DEFAULT]
 
 
 def find_stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer because a chat template ends a turn with them; the default template's first. Empty for
-    a tokenizer that brought no template."""
+    """The end-of-turn tokens of the tokenizer's own templates, which end an answer; the default template's first.
+    Empty for a tokenizer without a template."""
     templates = [template for template in load_chat_templates(tokenizer).values() if template.given]
     found = [*(template.stop_token for template in templates), *(template.call_stop_token for template in templates)]
     return tuple(dict.fromkeys(token for token in found if token is not None))

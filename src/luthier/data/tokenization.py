@@ -1,11 +1,13 @@
-"""Text to tokens and weights. Read `chat.py` first, for which parts of a chat are trained; `encoding.py` goes on.
+"""Converts text to tokens and weights. Read `chat.py` first, for the trained parts of a chat; `encoding.py` uses this
+file.
 
-    Example -> spell -> Spelled (all its tokens) -> cut -> Encoded (at most max_length tokens each)
+    Example -> tokenize_example -> TokenizedText (all tokens) -> truncate -> TokenizedExample (at most max_length
+    tokens)
 
-A token is trained if any of its characters is: its weight is that of the span it reaches into. No token reaches from a
-prompt into its answer, so what is trained as a prompt is, token for token, what `prompt_of` asks.
+A token is trained if any of its characters is trained: it has the weight of the span that it overlaps. No token spans
+the boundary between a prompt and its answer, so training and `encode_prompt` give the prompt the same tokens.
 
-`bytes` counts the UTF-8 bytes of the words that are predicted, without the end mark: bits per byte can then be compared
+`bytes` counts the UTF-8 bytes of the predicted text, without the end token, so that bits per byte can be compared
 between tokenizers.
 """
 
@@ -38,14 +40,14 @@ from luthier.data.rows import RejectedRow
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """All tokens of one text, before anything is cut.
+    """All tokens of one text, before truncation.
 
     Args:
-        ends: for each token, where its characters end in `text`.
-        divisible: whether it may be cut into several examples (documents may, chats may not).
-        source: how many tokens are a source, which is read and not gone on with: a span of its own.
-        shortened: whether some of the source was cut off.
-        remarks: see `Rendered`.
+        ends: for each token, the end of its characters in `text`.
+        divisible: whether it may be split into several examples (documents may, chats may not).
+        source: number of tokens of the source (the encoder's input), which is a separate span.
+        shortened: whether the source was truncated.
+        remarks: see `RenderedChat`.
     """
 
     text: str
@@ -61,7 +63,7 @@ class TokenizedText:
 
 def encode_text_example(example: LMExample, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[TokenizedExample],
                                                                                             bool] | RejectedRow:
-    """The example as tokens and weights (several where it was split), and whether its end was cut off."""
+    """The example as tokens and weights (several if it was split), and whether it was truncated."""
     texts = tokenize_example(example, tokenizer, config)
     if isinstance(texts, RejectedRow):
         return texts
@@ -75,11 +77,11 @@ def encode_text_example(example: LMExample, tokenizer: Tokenizer, config: DataCo
         text.shortened or len(text.ids) - text.source > config.token_limit for text in texts)
 
 
-# ---------------------------------------------------------------- spelling
+# ---------------------------------------------------------------- tokenizing
 
 
 def tokenize_example(example: LMExample, tokenizer: Tokenizer, config: DataConfig) -> list[TokenizedText] | RejectedRow:
-    """The example's texts, uncut: one, but for chats under a template that rewrites history."""
+    """The texts of the example before truncation: one, or several for chats with a template that rewrites history."""
     bare = isinstance(example, CompletionExample) and not uses_chat_template(tokenizer, config)
     if config.is_encoder_decoder:
         return _tokenize_source_and_answer(example, tokenizer, config, bare)
@@ -109,12 +111,12 @@ def _build_document(example: TextExample, tokenizer: Tokenizer, config: DataConf
 
 
 def uses_chat_template(tokenizer: Tokenizer, config: DataConfig) -> bool:
-    """Whether a prompt and its completion are put into the chat template, or joined bare."""
+    """Whether a prompt and its completion are rendered with the chat template, or concatenated without one."""
     return bool(tokenizer.chat_template) and config.format != "completion"
 
 
 def is_conversation(example: Example, tokenizer: Tokenizer, config: DataConfig) -> bool:
-    """Whether the example is put into a chat template."""
+    """Whether the example is rendered with a chat template."""
     if isinstance(example, ChatExample):
         return True
     if not isinstance(example, CompletionExample | PreferenceExample | UnpairedPreferenceExample | PromptExample):
@@ -123,12 +125,12 @@ def is_conversation(example: Example, tokenizer: Tokenizer, config: DataConfig) 
 
 
 def convert_to_chat(example: CompletionExample) -> ChatExample:
-    """A prompt and its completion as one exchange."""
+    """A prompt and its completion as a user turn and an assistant turn."""
     return ChatExample((Message("user", example.prompt), Message("assistant", example.completion)),
                        example.origin, example.weight)
 
 
-ENDS_IN_SPACE = "a prompt ends in a space: a model expects the space to open the answer (write it there)"
+ENDS_IN_SPACE = "a prompt ends in a space: move the space to the start of the answer, where tokenizers expect it"
 
 
 def _is_bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig, rest: float) -> RenderedChat:
@@ -141,11 +143,11 @@ def _is_bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfi
 
 
 def _list_remarks(marked: str, text: str) -> tuple[str, ...]:
-    return () if marked == text else ("control tokens spelt in a text are plain text (data.chat.control_tokens)",)
+    return () if marked == text else ("control tokens in the text were read as plain text (data.chat.control_tokens)",)
 
 
 def _tokenize_text(text: RenderedChat, tokenizer: Tokenizer, example: LMExample, *, closed: bool) -> TokenizedText:
-    """`closed`: the tokenizer's own opening and the end mark are put around it (a template brings its own)."""
+    """`closed`: add the tokenizer's opening token and the end token (a template writes its own)."""
     ids, starts, ends = tokenize_rendered(text, tokenizer, special=closed)
     weights = [text.rest * example.weight] * len(ids)
     for span in text.spans:
@@ -159,21 +161,21 @@ def _tokenize_text(text: RenderedChat, tokenizer: Tokenizer, example: LMExample,
                          remarks=text.remarks)
 
 
-# ---------------------------------------------------------------- sources and their answers
+# ---------------------------------------------------------------- sources and targets of encoder-decoder models
 
 
 def _tokenize_source_and_answer(example: LMExample, tokenizer: Tokenizer, config: DataConfig,
                                 bare: bool) -> list[TokenizedText] | RejectedRow:
-    """`spell` for a base that reads a source and writes its answer: everything before the first trained word, and what
-    follows it, each tokenised alone and with an end mark of its own."""
+    """`tokenize_example` for encoder-decoder models: the text before the first trained token is the source, the rest
+    the target. Each is tokenized separately and has its own end token."""
     texts = _build_texts(example, tokenizer, config, bare)
     if isinstance(texts, RejectedRow):
         return texts
     found = []
     for text in texts:
         if text.rest or not text.spans or not text.text[:text.spans[0].start].strip():
-            return RejectedRow(example.origin, "nothing is asked",
-                               "the base reads a source, which is never trained, and writes its answer")
+            return RejectedRow(example.origin, "there is no source text",
+                               "an encoder-decoder model needs a source before the target; the source is not trained")
         halves = _join_source_and_answer(text, tokenizer, example, config, bare)
         if isinstance(halves, RejectedRow):
             return halves
@@ -183,7 +185,7 @@ def _tokenize_source_and_answer(example: LMExample, tokenizer: Tokenizer, config
 
 def _join_source_and_answer(text: RenderedChat, tokenizer: Tokenizer, example: LMExample, config: DataConfig,
                             bare: bool) -> TokenizedText | RejectedRow:
-    """Source and answer, spelt alone and put one behind the other."""
+    """Source and target, tokenized separately and concatenated."""
     start, end_mark = text.spans[0].start, tokenizer.eos_token_id
     source = RenderedChat(text.text[:start], boundaries=text.boundaries)
     ids, _, ends = tokenize_rendered(source, tokenizer, special=bare)
@@ -196,26 +198,26 @@ def _join_source_and_answer(text: RenderedChat, tokenizer: Tokenizer, example: L
         return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens of source, at most {room}")
     ids, ends = ids[:room] + closing, ends[:room] + [start] * len(closing)
     said = text.text[start:]
-    if not bare:  # a template's own end mark, and what it puts behind it
+    if not bare:  # the template's end token, and what it writes after it
         said = said.rstrip().removesuffix(tokenizer.eos_token or "")
     spans = tuple(WeightedSpan(s.start - start, min(s.end - start, len(said)), s.weight) for s in text.spans)
     answer = _tokenize_text(RenderedChat(said, spans), tokenizer, example, closed=True)
-    weights = [answer.weights[0] or example.weight * text.spans[0].weight, *answer.weights[1:]]  # an opening mark
+    weights = [answer.weights[0] or example.weight * text.spans[0].weight, *answer.weights[1:]]  # an opening token
     return TokenizedText(source.text + said, ids + answer.ids, [0.0] * len(ids) + weights,
                          ends + [start + end for end in answer.ends], example.origin, source=len(ids),
                          shortened=shortened,
                          remarks=text.remarks)
 
 
-# ---------------------------------------------------------------- cutting
+# ---------------------------------------------------------------- truncating
 
 
 def truncate(text: TokenizedText, config: DataConfig, tokenizer: Tokenizer) -> list[TokenizedExample] | RejectedRow:
     """`text` in at most `max_length` tokens.
 
-    Split parts share one token: the first token of a part is never predicted, so it is the last of the part before,
-    and every token but the document's first is predicted exactly once. Where the tokenizer opens a text with a token of
-    its own, every part begins with it.
+    Consecutive parts of a split text overlap by one token. The first token of a part is never predicted, so every
+    token except
+    the document's first is predicted exactly once. If the tokenizer adds an opening token, every part begins with it.
     """
     length, most, end_mark = len(text.ids), config.token_limit + text.source, tokenizer.eos_token_id
     if length <= most or config.truncation == "truncate":
@@ -223,7 +225,7 @@ def truncate(text: TokenizedText, config: DataConfig, tokenizer: Tokenizer) -> l
     elif config.truncation == "split" and text.divisible:
         return _split_document(text, most, tokenizer)
     else:
-        only = "; only a text can be split" if config.truncation == "split" else ""
+        only = "; only documents can be split" if config.truncation == "split" else ""
         return RejectedRow(text.origin, "longer than max_length", f"{length} tokens, at most {most}{only}")
     found = [_build_example(text, start, stop, end_mark) for start, stop in ranges if any(text.weights[start + 1:stop])]
     if not found:
@@ -237,7 +239,7 @@ def _split_document(text: TokenizedText, most: int, tokenizer: Tokenizer) -> lis
     opening, length = get_special_tokens(tokenizer)[0], len(text.ids)
     if most < len(opening) + 2:
         return RejectedRow(text.origin, "longer than max_length",
-                           f"{most} tokens hold no opening and two tokens of text")
+                           f"{most} tokens are too few for the opening token and two tokens of text")
     found, start, stop = [], 0, most
     while True:
         part = _build_example(text, start, min(stop, length), tokenizer.eos_token_id)
@@ -261,7 +263,7 @@ def _build_example(text: TokenizedText, start: int, stop: int, end_mark: int | N
 
 
 def count_predicted_bytes(text: TokenizedText, start: int, stop: int, end_mark: int | None) -> int:
-    """Bytes behind each run of predicted tokens; the part's first token is never predicted."""
+    """The number of UTF-8 bytes of the predicted tokens; the first token of a part is never predicted."""
     total, opened, ends = 0, -1, text.ends
     for i in range(start + 1, stop):
         counts = text.weights[i] != 0 and text.ids[i] != end_mark
@@ -277,10 +279,10 @@ def count_predicted_bytes(text: TokenizedText, start: int, stop: int, end_mark: 
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[int], str]:
-    """What a sampler continues, as token ids, and the reference answer: the best one, where several were compared.
+    """The prompt of an example as token ids, and the reference answer (the best one of several).
 
-    A chat is asked up to the assistant's last turn, a completion up to its prompt; a text is cut in half. Raises
-    `RenderError` where the chat template refuses a conversation.
+    The prompt of a chat ends before the last assistant turn; a plain text is split in the middle. Raises `RenderError`
+    if the chat template cannot render the conversation.
     """
     prompt, answer = encode_prompt_with_remarks(example, tokenizer, config)
     return prompt.ids, answer
@@ -288,14 +290,14 @@ def encode_prompt(example: Example, tokenizer: Tokenizer, config: DataConfig) ->
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids that a sampler continues, and the rules by which they were made."""
+    """Token ids of a prompt, and the rules that were used to render it."""
 
     ids: list[int]
     remarks: tuple[str, ...] = ()
 
 
 def encode_prompt_with_remarks(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[EncodedPrompt, str]:
-    """`prompt_of`, with the remarks for the data report."""
+    """`encode_prompt`, with the remarks for the data report."""
     if isinstance(example, TextExample):
         middle = (len(example.text) + 1) // 2
         return encode_prompt_text(example.text[:middle], tokenizer, config), example.text[middle:]
@@ -315,7 +317,7 @@ def _render_prompt(example: ChatExample, tokenizer: Tokenizer, config: DataConfi
 
 
 def encode_prompt_text(text: str, tokenizer: Tokenizer, config: DataConfig) -> EncodedPrompt:
-    """A bare text to go on with: the tokenizer's own opening before it, and no end mark behind it."""
+    """A plain text to continue: with the tokenizer's opening token, without an end token."""
     marked = find_control_tokens(tokenizer, "", config.chat.control_tokens).mark(text, "user")
     opening, _ = get_special_tokens(tokenizer)
     ids = tokenize_rendered(RenderedChat(marked), tokenizer, special=False)[0]

@@ -1,6 +1,6 @@
 """Everything that changes an example between loading and batching: masked tokens and augmented images.
 
-Training draws the changes anew in every epoch (`apply_random`, called by the batch sources). Held-out rows get fixed
+Training samples the changes again in every epoch (`apply_random`, called by the batch sources). Held-out rows get fixed
 ones once, when they are loaded (`disable_augmentation`). Read `masking.py` and `images.py` first.
 """
 

@@ -1,8 +1,8 @@
 """Metrics of a generated answer: pure functions of an answer and its reference, in one dict. Read `core/errors.py`
 first.
 
-An answer is whatever the model wrote, so nothing in it is an error: at worst it scores 0. A reference is the user's, so
-one that its scorer cannot read is a `DataError`. `docs/metrics.md` has an entry for every name in `SCORERS`.
+An answer is generated text, so an answer that cannot be parsed scores 0. A reference is user data, so a reference that
+the metric cannot parse raises `DataError`. `docs/metrics.md` has an entry for every name in `METRICS`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def exact_match(answer: str, reference: str) -> float:
 def contains(answer: str, reference: str) -> float:
     """Whether the answer contains the reference.
 
-    Definition: 1 if the reference is a substring of the answer, both with whitespace as in `exact`, else 0.
+    Definition: 1 if the reference is a substring of the answer, both with whitespace as in `exact_match`, else 0.
     Range: 0 or 1. It looks at characters, not words: "art" is in "part".
-    Source: the usual lenient twin of exact match, e.g. Mallen et al. 2023 (PopQA).
+    Source: the common lenient form of exact match, e.g. Mallen et al. 2023 (PopQA).
 
     Raises:
-        DataError: the reference is empty, and so would stand in every answer.
+        DataError: the reference is empty, so every answer would contain it.
 
     >>> contains("It is Paris, I think.", "Paris")
     1.0
     """
     wanted = _normalize_spaces(reference)
     if not wanted:
-        raise DataError("the reference is empty: `contains` would find it in every answer",
-                        "give the row an answer to look for, or score it with `exact`")
+        raise DataError("the reference is empty, and every answer contains the empty text",
+                        "give the row a reference, or use the metric `exact_match`")
     return float(wanted in _normalize_spaces(answer))
 
 
@@ -60,10 +60,10 @@ def json_equal(answer: str, reference: str) -> float:
     of keys is ignored, that of a list is not, and true is not 1. What is parsed is the whole text, or else a fenced
     block, or else the first balanced object in it.
     Range: 0 or 1.
-    Source: RFC 8259; NaN and Infinity are no JSON.
+    Source: RFC 8259; NaN and Infinity are not JSON.
 
     Raises:
-        DataError: the reference holds no JSON.
+        DataError: the reference is not JSON.
 
     >>> json_equal('Here you are: {"b": 2, "a": 1.0}', '{"a":1,"b":2}')
     1.0
@@ -76,21 +76,20 @@ def json_fields(answer: str, reference: str) -> float:
     """The fraction of the reference's fields that the answer has with the same value.
 
     Definition: |{k : answer[k] = reference[k]}| / |reference| over the top-level fields of the reference's object,
-    found and compared as in `json_equal`. Fields that only the answer has cost nothing.
-    Range: 0 to 1; an answer that is no object scores 0.
+    found and compared as in `json_equal`. Additional fields of the answer are ignored.
+    Range: 0 to 1; an answer that is not an object scores 0.
     Source: our own; the partial credit of `json_equal`.
 
     Raises:
-        DataError: the reference is no JSON object, or an empty one.
+        DataError: the reference is not a JSON object, or an empty one.
 
     >>> json_fields('{"a": 1, "b": 3}', '{"a": 1, "b": 2}')
     0.5
     """
     wanted, found = _parse_reference_json(reference), _find_json(answer)
     if not isinstance(wanted, dict) or not wanted:
-        raise DataError(f"the reference {_shorten(reference)} is no JSON object with fields, which `json_fields` "
-                        "counts",
-                        "score these rows with `json_equal`")
+        raise DataError(f"the reference {_shorten(reference)} is not a JSON object with fields, as `json_fields` needs",
+                        "use the metric `json_equal` for these rows")
     if not isinstance(found, dict):
         return 0.0
     return sum(_is_equal(found.get(key, _MISSING), value) for key, value in wanted.items()) / len(wanted)
@@ -100,8 +99,8 @@ def numeric_match(answer: str, reference: str) -> float:
     """Whether the final number of the answer equals that of the reference.
 
     Definition: 1 if the two texts' final numbers are equal as decimals, else 0. The final number is the first one after
-    ``####`` where that mark stands, else the last of the text; thousands commas, currency and percent signs fall away.
-    Range: 0 or 1. 18, 18.00 and $18 are one number; 50% is 50; a fraction 3/4 ends on 4.
+    ``####``, or without that mark the last of the text; thousands commas, currency and percent signs are removed.
+    Range: 0 or 1. 18, 18.00 and $18 are one number; 50% is 50; of a fraction 3/4 it is 4.
     Source: Cobbe et al. 2021 (GSM8K), whose references end on ``#### N``.
 
     Raises:
@@ -121,10 +120,10 @@ def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L: F-measure of the longest common subsequence of words.
 
     Definition: with L the length of the longest common subsequence of tokens, P = L / |answer| and R = L / |reference|,
-    the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is left out; each Chinese character or
+    the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is ignored; each Chinese character or
     Japanese kana is a token by itself.
-    Range: 0 to 1. Two texts without any token score 1, one without against one with scores 0. On ASCII it is what the
-    package rouge_score gives, which knows no other letters: all that is Chinese scores 0 there, and café is caf.
+    Range: 0 to 1. Two texts without tokens score 1; if only one has no tokens, 0. On ASCII text it equals the package
+    rouge_score, which ignores other letters: Chinese text scores 0 there, and café is caf.
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", equations 2-4, beta = 1, unstemmed.
 
     >>> rouge_l("police kill the gunman", "police killed the gunman")
@@ -163,7 +162,7 @@ _BRACES = re.compile(r'"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
 def _parse_reference_json(reference: str) -> Any:
     value = _find_json(reference)
     if value is _MISSING:
-        raise DataError(f"the reference {_shorten(reference)} holds no JSON",
+        raise DataError(f"the reference {_shorten(reference)} is not JSON",
                         "use another metric, or fix the row")
     return value
 
@@ -184,7 +183,7 @@ def _find_json_candidates(text: str) -> Iterator[str]:
     start = text.find("{")
     while start >= 0:
         end = _find_closing_brace(text, start)
-        if end < 0:  # cut off: what nests inside is a part of an answer, never the answer
+        if end < 0:  # truncated: nested objects are only parts of an answer
             return
         yield text[start:end]
         start = text.find("{", end)
@@ -203,12 +202,12 @@ def _find_closing_brace(text: str, start: int) -> int:
 def _parse_json(text: str) -> Any:
     try:
         return json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError, InvalidOperation):  # models do write "[[[[[..." and "9e999999..." without end
+    except (ValueError, RecursionError, InvalidOperation):  # models may write "[[[[[..." or "9e999999..."
         return _MISSING
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def _is_equal(left: Any, right: Any) -> bool:

@@ -24,9 +24,9 @@ class EvaluateConfig(Config):
 
     metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(METRICS)}")
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
-    batch_size: int = Field(32, ge=1, description="answers generated at once")
-    max_samples: int | None = Field(None, ge=1, description="use only the first so many rows")
-    before_training: bool = Field(True, description="measure the base too, before training")
+    batch_size: int = Field(32, ge=1, description="number of answers generated in one batch")
+    max_samples: int | None = Field(None, ge=1, description="maximum number of rows to use")
+    before_training: bool = Field(True, description="also evaluate the base model, before training")
 
     @field_validator("metrics", mode="before")
     @classmethod

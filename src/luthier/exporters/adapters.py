@@ -44,24 +44,24 @@ def check_readable_by_peft(adapter: AdapterFacts) -> None:
 
 def check_readable_by_transformers(adapter: AdapterFacts) -> None:
     """Raises `RunError` where Transformers would not apply the adapter when it loads the folder."""
-    form, what = adapter.config, f"{adapter.place!r} cannot be a whole model with an adapter in it: "
+    form, what = adapter.config, f"{adapter.place!r} cannot be exported as a bundle: "
     if form is None:
-        raise RunError(what + "it is a whole model without one", "export it with --to merged")
+        raise RunError(what + "it is a full model without an adapter", "export it with --to merged")
     if form["peft_type"] == "LUTHIER":
-        raise RunError(what + f"neither Transformers nor PEFT knows {adapter.method}",
-                       "use --to merged, where the method can be merged; chat, serve and evaluate open the run itself")
+        raise RunError(what + f"neither Transformers nor PEFT supports {adapter.method}",
+                       "use --to merged if the method can be merged; chat, serve and evaluate load the run itself")
     if form["peft_type"] in VIRTUAL:
-        raise RunError(what + f"Transformers puts no virtual tokens ({adapter.method}) into a model",
-                       "--to adapter, then let PEFT do it: PeftModel.from_pretrained(base, FOLDER)")
+        raise RunError(what + f"Transformers does not support virtual tokens ({adapter.method}) in a bundle",
+                       "use --to adapter and load it with PEFT: PeftModel.from_pretrained(base, FOLDER)")
     if form.get("use_dora") or form["peft_type"] == "ADALORA":
         unread = "magnitudes of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
-        raise RunError(what + f"Transformers reads no {unread} from the file",
+        raise RunError(what + f"Transformers does not read {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
     if form["peft_type"] in adapter.bridged and not adapter.has_heads:
         for key in adapter.bridged[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
-                raise RunError(what + f"it is not known that Transformers reads {key} from the file",
+                raise RunError(what + f"Transformers is not known to read {key} from the file",
                                "--to merged, or --to adapter, which PEFT reads whole")
     if heads := form.get("modules_to_save"):
         raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {adapter.objective!r}",
-                       "--to merged writes one model with the head in it, where Transformers has a class for it")
+                       "use --to merged, which saves the head in the model if Transformers has a class for it")

@@ -36,7 +36,7 @@ def write_atomically(out: Path) -> Iterator[Path]:
 def check_form(form: str) -> None:
     """Raises `RunError` for a form that is not known."""
     if form not in FORMS:
-        raise RunError(f"a run cannot be exported to {form!r}", f"one of: {', '.join(FORMS)}")
+        raise RunError(f"unknown export format {form!r}", f"one of: {', '.join(FORMS)}")
 
 
 def check_dtype(dtype: str | None, form: str) -> None:
@@ -48,7 +48,7 @@ def check_dtype(dtype: str | None, form: str) -> None:
 
 
 def check_rank(rank: int | str | None, form: str) -> None:
-    """Raises `RunError` for a rank that has no effect or is no positive integer."""
+    """Raises `RunError` for a rank that has no effect or is not a positive integer."""
     if rank is not None and form != "adapter":
         raise RunError(f"lora_rank {rank} has no effect on {form!r}", "omit --lora-rank, or export with --to adapter")
     if rank is not None and rank != "auto" and (not isinstance(rank, int) or rank < 1):
@@ -61,4 +61,4 @@ def check_vacant(out: Path, form: str) -> None:
         raise RunError(f"--to {form} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
     if os.path.exists(out) and (form in FILES or not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} already exists and is not empty; nothing is overwritten",
-                       "remove it, or give another name with --out")
+                       "remove it, or give another path with --out")

@@ -1,4 +1,5 @@
-"""Which parameters train and how they enter the forward pass. One file a method; start with `full.py`, then `lora.py`.
+"""Which parameters train and how they enter the forward pass. One file per method; start with `full.py`, then
+`lora.py`.
 
 A new method is one file and one line here; the recipe, the command line and the contract tests read this table.
 """
@@ -36,7 +37,7 @@ METHODS: dict[str, type[Config]] = {
     "peft": PeftConfig,
 }
 
-# PEFT's types of adapter that a method here reads; all others go over the bridge to PEFT itself.
+# PEFT types that a method here reads; all others are loaded by the method `peft`.
 READERS: dict[str, Any] = {
     "ADALORA": AdaLoraConfig,
     "IA3": Ia3Config,

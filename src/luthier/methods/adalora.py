@@ -10,21 +10,21 @@ optimizer step every entry w of the three gets a sensitivity I, its moving avera
     I = |w dL/dw|    mean <- b1 mean + (1 - b1) I    unc <- b2 unc + (1 - b2) |I - mean|    s(w) = mean * unc
 
 A triplet's score is s(e_r) plus the mean of s over its row of A and over its column of B (eq. 7). Pruning keeps the
-b(t) triplets with the highest scores over all maps and sets e of the others to zero (eq. 6). Their vectors stay, so a
-triplet can return until the search ends. The budget b falls from R to `target_r` on average (eq. 12):
+b(t) triplets with the highest scores over all linear layers and sets e of the others to zero (eq. 6). Their vectors
+stay, so a triplet can return until the search ends. The budget b falls from R to `target_r` on average (eq. 12):
 
     R for t <= warmup_fraction n;  then a cubic decay;  `target_r` from t = n - final_fraction n on     (n: all steps)
 
 so that the last steps train the triplets that remain. A penalty keeps A's rows and B's columns orthogonal; its gradient
 is added once a step, to the sum over all micro-batches:
 
-    gamma / (2 maps) * sum over maps of |A A^T - 1| + |B^T B - 1|
+    gamma / (2 linear layers) * sum over linear layers of |A A^T - 1| + |B^T B - 1|
 
 Zhang et al. 2023 (arXiv:2303.10512). Their code, which PEFT adopted, differs from the paper in two places. This file
 follows the code there, since the paper's results and PEFT's files come from it:
 
 * w in I is the weight after the update. With the weight before it, e would have no sensitivity at first.
-* The penalty is a mean of norms, not a sum of squares (eq. 4), which grows with the number of maps.
+* The penalty is a mean of norms, not a sum of squares (eq. 4), which grows with the number of linear layers.
 
 It follows the paper in one place: the last pruning uses the sensitivities of its own step. Their code skips them, so a
 run of few steps would prune without any.
@@ -68,8 +68,8 @@ class AdaLoraConfig(Config):
     default_learning_rate: ClassVar[float] = 5e-3
 
     name: Literal["adalora"] = "adalora"
-    target_r: int = Field(8, ge=1, description="average rank of the maps at the end")
-    init_r: int | None = Field(None, ge=1, description="rank R of every map at the start; default: 1.5 times "
+    target_r: int = Field(8, ge=1, description="average rank of the linear layers at the end")
+    init_r: int | None = Field(None, ge=1, description="rank R of every linear layer at the start; default: 1.5 times "
                                                      "`target_r`, as in the paper")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / R")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
@@ -166,7 +166,7 @@ class FactorState:
 
 
 class AdaLoraLayer:
-    """The update of one linear map. `kept`: [R] the triplets that the last pruning kept."""
+    """The update of one linear layer. `kept`: [R] the triplets that the last pruning kept."""
 
     def __init__(self, site: TargetLinear, config: AdaLoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.rank, self.path = site, config.dropout, config.initial_rank, PEFT_PREFIX + site.name

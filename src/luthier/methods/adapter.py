@@ -50,7 +50,8 @@ class AdapterConfig(Config):
     reduction_factor: float = Field(16.0, ge=1, description="hidden size of the model / width of the bottleneck")
     reduction_pattern: dict[str, float] = Field({}, description="exceptions: whole dotted parts of an adapter's "
                                                 "name (layers.3.mlp), or expressions -> factor")
-    activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="activation between the two maps")
+    activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="activation between the two "
+                                                                                    "linear layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the bottleneck")
     scale: float | None = Field(None, gt=0, description="factor s; default: 4 for parallel, else 1")
 
@@ -120,7 +121,7 @@ class Bottleneck:
     def add_from_stored_input(self, _x: Tensor, h: Tensor) -> Tensor:
         """h + f(the stored input)."""
         x, self._input = self._input, None
-        assert x is not None, "the MLP's output came without an input"
+        assert x is not None, "no MLP input was stored before the MLP output"
         return h + self(x)
 
 

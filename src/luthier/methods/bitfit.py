@@ -7,7 +7,7 @@ training b is equivalent to training c, since their gradients are equal. Where i
 b is a new bias. RMS norms get none, because they have no bias into which it could be merged.
 
 Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `bias_scope: paper` is their smaller set, the biases of
-the query and of the MLP's first map.
+the query and of the MLP's first linear layer.
 
 Learning rate 1e-3: a bias changes every token directly, and there are few of them. The paper searched 1e-4 to 1e-3 for
 encoders; biases that start at zero need the upper end.
@@ -40,8 +40,10 @@ class BitfitConfig(Config):
 
     name: Literal["bitfit"] = "bitfit"
     bias_scope: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
-        "all", description="all: linear maps of the layers, and norms that have a bias; paper: the query map and the "
-                           "MLP's first map; norms; or roles (q, k, v, o, gate, up, down), suffixes, expressions")
+        "all", description="all: linear layers of all transformer layers, and norms that have a bias; paper: the "
+                           "query projection and the "
+                           "MLP's first linear layer; norms; or roles (q, k, v, o, gate, up, down), suffixes, "
+                           "expressions")
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Bitfit:
         return Bitfit(self, find_bias_targets(structure, self.bias_scope), structure.task)
@@ -66,12 +68,12 @@ def find_bias_targets(structure: ModelStructure, bias_scope: str | tuple[str, ..
               if (bias := get_own_parameter(module, "bias")) is not None]
     if bias_scope == "norms" and not biased:
         raise RecipeError("method.bias_scope: the norms of this model have no biases",
-                          "use all (biases of the linear maps), or the method ln_tuning (weights of the norms)")
+                          "use all (biases of the linear layers), or the method ln_tuning (weights of the norms)")
     if bias_scope == "paper":
         maps = [_find_query_slice(structure, site) for site in structure.linears if site.role in ("q", "qkv", "up")]
         if not any(site.role in ("q", "qkv") for site in structure.linears):
-            raise RecipeError("method.bias_scope: this model has no query map, neither separate nor fused",
-                              "use all, or name the maps by suffixes")
+            raise RecipeError("method.bias_scope: this model has no query projection, neither separate nor fused",
+                              "use all, or name the linear layers by suffixes")
         return maps
     maps = [] if bias_scope == "norms" else [
         BiasTarget(site.name, site.module, 0, site.out_features, site.out_features)
@@ -80,7 +82,7 @@ def find_bias_targets(structure: ModelStructure, bias_scope: str | tuple[str, ..
 
 
 def _find_query_slice(structure: ModelStructure, site: TargetLinear) -> BiasTarget:
-    """The query part of a map: the first outputs of a fused one."""
+    """The query part of a linear layer: the first outputs of a fused one."""
     end = structure.sizes["heads"] * structure.sizes["head_dim"] if site.role == "qkv" else site.out_features
     return BiasTarget(site.name, site.module, 0, end, site.out_features)
 
@@ -130,7 +132,7 @@ class Bitfit(MergeableMethod):
 def _build_bias_hook(place: BiasTarget, bias: nn.Parameter) -> Any:
     """The hook of one module: y [..., out] -> y with the bias added."""
     def add_bias(_x: Tensor, y: Tensor) -> Tensor:
-        # A linear map's gradient does not need its output, so it can be updated in place. A norm's output cannot:
+        # A linear layer's gradient does not need its output, so it can be updated in place. A norm's output cannot:
         # activation recomputation may rebuild it in the same storage from the norm's input.
         return y + bias.to(y.dtype) if place.norm else y.add_(bias.to(y.dtype))
 

@@ -4,7 +4,8 @@ Read `full.py` first. Each part keeps the names of its parameters, which must be
 for a learning rate r and the first part's default d_1, part i is trained at r d_i / d_1.
 
 Parts that change the same module act in the order of the list, except that LoRA and AdaLoRA always come first. They
-change the map itself, and the others then add to or scale the changed map, so the parts can be merged one by one.
+change the linear layer itself, and the others then add to or scale the changed linear layer, so the parts can be
+merged one by one.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Diagnostic:
     """A table of diagnostics of one method.
 
     Args:
-        kind: `words` has a row for each virtual token, `layers` one for each changed linear map.
+        kind: `words` has a row for each virtual token, `layers` one for each changed linear layer.
         about: one sentence on what is compared.
         rows: column -> value. `words`: size (1: a token embedding's), nearest (token, distance; empty without a
             vocabulary). `layers`: name, block, role, size (of the update, relative to the weight), rank (effective), of

@@ -1,8 +1,9 @@
-"""LoRA on the experts of a mixture: a low-rank update of each expert's linear map. Read `lora.py` first.
+"""LoRA on the experts of a mixture: a low-rank update of each expert's linear layer. Read `lora.py` first.
 
     y_e = W_e x + s B_e A_e x          A_e: [R, in]   B_e: [out, R]   for each expert e of E
 
-The base stores all experts of a map as one parameter, so no hook sees their outputs. The model calls the registered
+The base stores all experts of a linear layer as one parameter, so no hook sees their outputs. The model calls the
+registered
 function with the rows sorted by expert. Only experts that received a token are computed. The saved format is that of
 PEFT's `target_parameters`: A is [E R, in], B is [out, R E], and PEFT nests the wrappers of one module's parameters.
 """
@@ -20,7 +21,7 @@ from luthier.methods.hooks import Hooks
 
 
 class ExpertLayer:
-    """The updates of one map of all experts.
+    """The updates of one linear layer of all experts.
 
     Args:
         gaussian: initialize A with normal instead of uniform numbers.

@@ -3,8 +3,8 @@
 Read `full.py` first: this is full fine-tuning of a part of the weights. Where the base must be restorable, only the
 trained weights are copied. The run folder holds the whole model, as with full fine-tuning.
 
-Learning rate 5e-4: fewer weights must reach the same change as all of them, so each may move further than under full
-fine-tuning (2e-5).
+Learning rate 5e-4: fewer weights must produce the same change, so each may change more than under full fine-tuning
+(2e-5).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Full fine-tuning: all weights of the base are trained. The simplest method; read this file first.
 
-Learning rate 2e-5: every weight moves, so each must move little. This is an order of magnitude below LoRA's, which has
-to reach the same change through few parameters.
+Learning rate 2e-5: every weight changes, so each change must be small. This is an order of magnitude below LoRA's
+rate, because LoRA must produce the same change with few parameters.
 """
 
 from __future__ import annotations

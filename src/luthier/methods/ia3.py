@@ -4,11 +4,11 @@ Read `full.py`, `hooks.py` and `merging.py` first.
 
     k <- l_k * k      v <- l_v * v      y = W_down (l_ff * x)          l: one scale per feature, starts at 1
 
-Of the methods that change every layer it has the fewest parameters. Scaling a linear map's outputs or inputs is scaling
-its weight's rows or columns (and its bias), so it merges exactly.
+Of the methods that change every layer it has the fewest parameters. Scaling a linear layer's outputs or inputs is
+scaling its weight's rows or columns (and its bias), so it merges exactly.
 
-Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one fused map, `target_modules: paper` scales only
-its k and v parts; a map named in `target_modules` is scaled whole, as in PEFT.
+Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one fused projection, `target_modules: paper`
+scales only its k and v parts; a linear layer named in `target_modules` is scaled whole, as in PEFT.
 
 Learning rate 2e-2: a scale is about one in size and must change by tenths to matter. The paper's 3e-3 is for a thousand
 steps; on the demo's rows 40 steps at 3e-3 and 2e-2 reduced the perplexity from 94 to 4.19 and 1.43.
@@ -45,9 +45,9 @@ class Ia3Config(Config):
 
     name: Literal["ia3"] = "ia3"
     target_modules: Literal["paper"] | tuple[str, ...] = Field(
-        "paper", description="maps whose outputs are scaled: paper (k and v), or roles, suffixes, expressions")
+        "paper", description="linear layers whose outputs are scaled: paper (k and v), or roles, suffixes, expressions")
     feedforward_modules: tuple[str, ...] = Field(
-        ("down",), description="maps whose inputs are scaled: roles, suffixes, expressions")
+        ("down",), description="linear layers whose inputs are scaled: roles, suffixes, expressions")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
@@ -68,13 +68,14 @@ class Ia3Config(Config):
     def attach(self, structure: ModelStructure, *, seed: int) -> Ia3:
         if self.target_modules == "paper":
             outer = [site for site in structure.linears if site.role in ("k", "v", "qkv")]
-            # Where experts share one tensor, the MLP has no separate map to scale.
+            # Where experts share one tensor, the MLP has no separate layer to scale.
             inner = [site for site in structure.linears
                      if any(matches_target(site, pattern) for pattern in self.feedforward_modules)]
             if not outer:
-                raise RecipeError("method.target_modules: this model has no key and value maps, neither separate "
+                raise RecipeError("method.target_modules: this model has no key and value projections, neither "
+                                  "separate "
                                   "nor fused",
-                                  "name the maps to scale: target_modules: [suffix]")
+                                  "name the linear layers to scale: target_modules: [suffix]")
         else:
             inner = select_targets(structure.linears, self.feedforward_modules)
             outer = [site for site in select_targets(structure.linears, self.target_modules) if site not in inner]
@@ -86,7 +87,7 @@ class Ia3Config(Config):
 
 
 class Ia3Layer:
-    """The scale of one linear map's inputs, or of its outputs except the first `skip`."""
+    """The scale of one linear layer's inputs, or of its outputs except the first `skip`."""
 
     def __init__(self, site: TargetLinear, inputs: bool, skip: int = 0) -> None:
         self.site, self.inputs, self.skip = site, inputs, skip
@@ -149,7 +150,7 @@ class Ia3(MergeableMethod):
                 yield site.module, "bias", (bias.to(scale.dtype) * scale).to(bias.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Named and shaped as in PEFT's file; the unscaled part of a fused map is saved as ones."""
+        """Named and shaped as in PEFT's file; the unscaled part of a fused projection is saved as ones."""
         return {name: layer.to_peft_shape() for name, layer in self._map_layers().items()}
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class Ia3(MergeableMethod):
         for name, layer in self._map_layers().items():
             if not bool((state[name].flatten()[:layer.skip] == 1).all()):
                 raise RunError(f"the saved scales of {layer.site.name!r} also scale its queries, unlike the paper's",
-                               "name the map in method.target_modules to scale it whole")
+                               "name the linear layer in method.target_modules to scale it whole")
         for name, layer in self._map_layers().items():
             layer.l.copy_(state[name].flatten()[layer.skip:])
 

@@ -1,4 +1,4 @@
-"""LoRA and its variants: a low-rank update of each frozen linear map. Read `full.py` and `hooks.py` first.
+"""LoRA and its variants: a low-rank update of each frozen linear layer. Read `full.py` and `hooks.py` first.
 
     y = W x + s B A x          A: [R, in]   B: [out, R]   s = alpha / R   (rsLoRA: alpha / sqrt R)
 
@@ -108,7 +108,7 @@ class LoraConfig(Config):
             structure.linears, self.target_modules if self.target_modules == "all-linear" else tuple(linear_targets))
         generator = torch.Generator().manual_seed(seed)
         layers = [LoraLayer(site, self, generator) for site in sites]
-        # Models of other tasks get heads, and the maps of a head may have the same names.
+        # Models of other tasks get heads, and the linear layers of a head may have the same names.
         module_names = [name for name,
                         _ in structure.model.named_modules()] if structure.task in GENERATIVE_TASKS else None
         return Lora(self, [*layers, *self._build_expert_layers(experts, generator)], structure.task, module_names)
@@ -144,7 +144,7 @@ def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
 
 
 class LoraLayer:
-    """The update of one linear map."""
+    """The update of one linear layer."""
 
     def __init__(self, site: TargetLinear, config: LoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.path = site, config.dropout, site.name
@@ -229,8 +229,8 @@ class LoraLayer:
 def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
     """y + scale * low b^T in one matrix product.
 
-    A packed row is updated in place: a linear map's gradient does not need its output, and a copy would cost as much as
-    a norm.
+    A packed row is updated in place: a linear layer's gradient does not need its output, and a copy would cost as much
+    as a norm.
 
     Args:
         y: [..., out]

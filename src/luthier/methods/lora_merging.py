@@ -1,6 +1,6 @@
 """Merges several LoRAs into one. Read `lora.py` first.
 
-Each updates a map W by s_i B_i A_i (A_i: [R_i, in], B_i: [out, R_i]). With weights w_i the merged update is
+Each updates a linear layer W by s_i B_i A_i (A_i: [R_i, in], B_i: [out, R_i]). With weights w_i the merged update is
 
     D = sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] [A_1 ; A_2 ; ...]
 
@@ -34,9 +34,9 @@ class MergedLora:
     """The merged LoRA.
 
     Args:
-        config: its settings; the scale of every map is 1.
+        config: its settings; the scale of every linear layer is 1.
         state: its weights, for `Lora.load`.
-        error: |D - merged update| / |D|, Frobenius norms over all maps together; 0 where it is exact.
+        error: |D - merged update| / |D|, Frobenius norms over all linear layers together; 0 where it is exact.
     """
 
     config: LoraConfig
@@ -47,7 +47,7 @@ class MergedLora:
 @torch.no_grad()
 def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_type: CombinationType = "linear",
                 rank: int | None = None) -> MergedLora:
-    """Merge LoRAs of one base. A map that only some of them update gets the weighted sum of those.
+    """Merge LoRAs of one base. A linear layer that only some of them update gets the weighted sum of those.
 
     Args:
         weights: one for each LoRA, of any sign.
@@ -87,7 +87,7 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_typ
 
 
 def _collect_factors(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, list[Factors]]:
-    """Path of each map -> the factors of all its updates; weight and scale are multiplied into B."""
+    """Path of each linear layer -> the factors of all its updates; weight and scale are multiplied into B."""
     factors: dict[str, list[Factors]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:

@@ -9,7 +9,8 @@
 
 A selection is a few numbers on each adapter's `AdapterGate`. No weight is copied or moved, so switching costs
 microseconds. A family that knows the manager (`family.router = manager`) can also route each segment of a packed row,
-or each row of a padded batch, through its own adapter (`Forest.adapters`). Virtual tokens are routed by documents: each
+or each row of a padded batch, through its own adapter (`SegmentTree.adapters`). Virtual tokens are routed by
+documents: each
 document attends to those of its own adapter (`models/soft_prompts/causal.py`). They are present or absent, so in a
 weighted sum their weight is 1.
 """
@@ -59,7 +60,7 @@ class AdapterManager:
     def add(self, name: str, attached: Tuner) -> None:
         """Add an adapter; it is inactive until selected. Raises `RunError` for a tuner without gates."""
         if name in self.adapters:
-            raise RecipeError(f"an adapter named {name!r} exists already", "use another name")
+            raise RecipeError(f"an adapter named {name!r} already exists", "use another name")
         gates = attached.gates
         if gates is None:
             raise RunError(f"{name!r} modifies the base's own weights or modules and cannot share a base model with "
@@ -117,7 +118,7 @@ class AdapterManager:
     # ------------------------------------------------------------ routing
 
     def resolve_indices(self, names: Iterable[str | None]) -> tuple[int, ...]:
-        """Index of each adapter, for `Forest.adapters` and `generate`; -1 for None."""
+        """Index of each adapter, for `SegmentTree.adapters` and `generate`; -1 for None."""
         names = list(names)
         self._check_names(name for name in names if name is not None)
         order = list(self.adapters)
@@ -169,7 +170,7 @@ class AdapterManager:
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self.adapters:
-                raise RecipeError(f"there is no adapter named {name!r}", suggest_nearest(name, self.adapters))
+                raise RecipeError(f"unknown adapter {name!r}", suggest_nearest(name, self.adapters))
 
 
 _GateState = tuple[int, GateSetting]

@@ -2,8 +2,9 @@
 
     s_i B_i A_i = (alpha / N) B' A'        A' = [A_i; 0]: [N, in]        B' = [s_i N / alpha B_i | 0]: [out, N]
 
-alpha is chosen so that the maps with the most frequent scale keep their B bit for bit, if that alpha is an integer;
-else it is N. On other maps the update is equal up to the rounding of one factor. Read `lora.py` and `adalora.py` first.
+alpha is chosen so that the linear layers with the most frequent scale keep their B bit for bit, if that alpha is an
+integer; else it is N. On other linear layers the update is equal up to the rounding of one factor. Read `lora.py` and
+`adalora.py` first.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
 
     Args:
         attached: a LoRA or an AdaLoRA.
-        rank: N; None: the largest rank of all maps.
+        rank: N; None: the largest rank of all linear layers.
 
     Raises:
-        RunError: for another method, and for a map with a rank above N.
+        RunError: for another method, and for a linear layer with a rank above N.
     """
     if not isinstance(attached, Lora | AdaLora):
         raise RunError("only a LoRA or an AdaLoRA can be converted to a plain LoRA of one rank",

@@ -153,7 +153,7 @@ class Prefix(VirtualTokenMethod):
 
 
 class PrefixProjection(nn.Module):
-    """[layers, 2, G, N, d] from an embedding of each virtual token, by two linear maps. Named as in PEFT."""
+    """[layers, 2, G, N, d] from an embedding of each virtual token, by two linear layers. Named as in PEFT."""
 
     def __init__(self, tokens: int, hidden: int, shape: tuple[int, int, int, int], init: str) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
     p = w + s F(z)          z: [N, D] trained   F: an encoder, trained   w: [N, D] token embeddings, frozen
 
-F is a bidirectional LSTM with an MLP on it (Liu et al. 2021, arXiv:2103.10385, equation 3), or the MLP of three maps
+F is a bidirectional LSTM with an MLP on it (Liu et al. 2021, arXiv:2103.10385, equation 3), or the MLP of three linear
+layers
 that PEFT and NeMo use. The paper starts with an untrained F alone (`prompt_tuning_init: random`, w = 0). Here F's last
-map starts at zero, so p starts as real tokens, for the reason given in `prompt.py`. s is the size of the base's
-embeddings; F's weights thus have the usual size of network weights.
+linear layer starts at zero, so p starts as real tokens, for the reason given in `prompt.py`. s is the size of the
+base's embeddings; F's weights thus have the usual size of network weights.
 
 Only p is needed after training: the saved file holds p, as PEFT's does. What resuming needs besides is kept in the
 checkpoints under names that begin with `training.`.
@@ -46,7 +47,7 @@ class PTuningConfig(VirtualTokenConfig):
 
     name: Literal["ptuning"] = "ptuning"
     encoder_reparameterization_type: Literal["mlp", "lstm"] = Field(
-        "mlp", description="the encoder: three linear maps, or an LSTM")
+        "mlp", description="the encoder: three linear layers, or an LSTM")
     encoder_hidden_size: int | None = Field(None, ge=1, description="width of the encoder; default: the base's "
                                             "hidden size")
 

@@ -1,4 +1,4 @@
-"""Which linear maps of a model `target_modules` selects. Read `core/protocols.py` (TargetLinear) first."""
+"""Which linear layers of a model `target_modules` selects. Read `core/protocols.py` (TargetLinear) first."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from luthier.core.protocols import TargetLinear
 
 
 def matches_target(linear: TargetLinear, pattern: str) -> bool:
-    """Whether `pattern` is the map's role, the end of its path, or a regular expression for its whole path."""
+    """Whether `pattern` is the linear layer's role, the end of its path, or a regular expression for its whole path."""
     return (pattern == linear.role or linear.name == pattern or linear.name.endswith("." + pattern)
             or re.fullmatch(pattern, linear.name) is not None)
 
 
 def select_targets(linears: tuple[TargetLinear, ...], targets: str | tuple[str, ...]) -> list[TargetLinear]:
-    """The maps that `targets` selects. Raises `RecipeError` for a target that matches nothing."""
+    """The linear layers that `targets` selects. Raises `RecipeError` for a target that matches nothing."""
     if targets == "all-linear":
         return [linear for linear in linears if linear.role != "router"]
     assert not isinstance(targets, str)
     for target in targets:
         if not any(matches_target(linear, target) for linear in linears):
             roles = sorted({linear.role for linear in linears} | {linear.name.rsplit(".", 1)[-1] for linear in linears})
-            raise RecipeError(f"method.target_modules: {target!r} matches no linear map of this model",
+            raise RecipeError(f"method.target_modules: {target!r} matches no linear layer of this model",
                               f"use all-linear, or any of: {', '.join(roles)}")
     return [linear for linear in linears if any(matches_target(linear, target) for target in targets)]
 

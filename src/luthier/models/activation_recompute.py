@@ -83,7 +83,7 @@ class ActivationRecomputer:
         if isinstance(packed, Tensor):
             return packed
         recompute, shape = packed
-        if self._last[0] is not recompute:  # q, k and v ask for the same one in turn
+        if self._last[0] is not recompute:  # q, k and v request the same one in turn
             with torch.no_grad():
                 self._last = (recompute, recompute())
         made = self._last[1]

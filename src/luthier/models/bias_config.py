@@ -45,8 +45,8 @@ def sync_bias_config(model: Any) -> None:
                 return
     first = min(grown)
     raise NotMergeable(f"{first!r} is a bias that {type(model).__name__} cannot keep: its config has no switch for it, "
-                       "so whoever loads the saved model would leave it out",
-                       "use the adapter beside its base, or train only biases that the model has (bitfit: which)")
+                       "so the saved model would be loaded without it",
+                       "use the adapter with its base, or train only biases that the model has (method.bias_scope)")
 
 
 def _is_bias(name: str) -> bool:

@@ -10,14 +10,14 @@ from luthier.models.surgery import SurgeryConfig
 
 
 class ModelConfig(Config):
-    """Which base model is loaded, and how it is held in memory.
+    """Which base model is loaded, and in which form.
 
     Args:
         name_or_path: an alias, a `.gguf` file, a Transformers folder, or a hub id.
         dtype: of the parameters; `auto` is the dtype that the weights are stored in. A float16 base cannot be trained.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python code that comes with the base may run.
-        device: `auto` takes a GPU if there is one.
+        device: `auto` selects a GPU if there is one.
         pooling: which state represents a whole text: that of its last token, its first token, or the mean. `auto`: as
             the base was trained (a decoder: last; an encoder: as its folder says, else first).
         quantize: quantize the linear layers to 4 bits (nf4) or 8 bits (int8), for QLoRA and every other method that

@@ -58,15 +58,15 @@ def _check_folder(path: Path, config: ModelConfig) -> None:
         raise BaseError(f"base {config.name_or_path!r}: the folder {path} has no config.json",
                         "give a Transformers model folder")
     if (path / "adapter_config.json").is_file():
-        raise BaseError(f"base {config.name_or_path!r} contains an adapter, which Transformers would load without "
-                        f"being asked",
+        raise BaseError(f"base {config.name_or_path!r} contains an adapter, which Transformers would load implicitly",
                         f"merge the two first: luthier export {config.name_or_path} --to merged")
     model_config = _read_json(path / "config.json")
     model_type = model_config.get("model_type")
     if model_type not in CONFIG_MAPPING and not ("auto_map" in model_config and config.trust_remote_code):
         if "auto_map" in model_config:
             raise _remote_code_error(config.name_or_path)
-        raise BaseError(f"base {config.name_or_path!r}: the installed transformers knows no model type {model_type!r}",
+        raise BaseError(f"base {config.name_or_path!r}: the installed transformers does not support the model type "
+                        f"{model_type!r}",
                         "upgrade transformers, or choose another base")
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
         if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
@@ -135,6 +135,6 @@ def translate_errors(config: ModelConfig, path: Path) -> Iterator[None]:
 
 
 def _remote_code_error(name: str) -> BaseError:
-    return BaseError(f"base {name!r} brings its own Python code, and remote code is off",
+    return BaseError(f"base {name!r} needs its own Python code, and trust_remote_code is false",
                      f"read that code; if you trust it, set model.trust_remote_code=true, or for a run add "
                      f"--allow-code {name} (in Python: allow_code=[{name!r}])")

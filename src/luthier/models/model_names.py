@@ -52,10 +52,10 @@ def resolve_name(name: str) -> Path | str:
         return path
     hint = suggest_nearest(name.lower(), ALIASES)
     if path.suffix == ".gguf" or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise BaseError(f"base {name!r}: there is no such file or folder",
+        raise BaseError(f"base {name!r}: file or folder not found",
                         f"fix the path, or give a hub id (owner/name) or an alias ({hint})")
     if "/" not in name and hint.startswith("did you mean"):
-        raise BaseError(f"base {name!r}: no alias, file or folder has this name",
+        raise BaseError(f"base {name!r}: unknown alias, file or folder",
                         f"{hint} (a model of the hub is named owner/name)")
     return name
 

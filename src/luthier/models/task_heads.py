@@ -37,7 +37,7 @@ class TaskHeads:
         self.heads, self.task = tuple(heads), task
         self.modules: dict[str, nn.Linear | TaskHead] = {}
         self.task_head: TaskHead | None = None  # the one of Transformers' own class
-        self.no_task_head_reason = ""  # why there is none although one was requested
+        self.no_task_head_reason = ""  # why a requested head is not available
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for head in heads:

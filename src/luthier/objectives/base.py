@@ -139,6 +139,6 @@ def compare_ranks(target: LossInputs) -> tuple[Tensor, Tensor]:
     # Padding has the rank inf, so it is never the better one; it must not be the worse one either.
     better = (ranks[:, :, None] < ranks[:, None, :]) & (table >= 0)[:, None, :]  # [G, K, K]
     if not bool(better.any((1, 2)).all()):
-        raise DataError("an example has no two answers of which one is better: preferences compare at least two",
+        raise DataError("an example has no two answers with different ranks; preferences need at least two",
                         "remove rows with a single answer and rows whose answers all have the same rank")
     return table, better

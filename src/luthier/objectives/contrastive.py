@@ -170,9 +170,9 @@ class ContrastiveConfig(ObjectiveConfig):
         "similarity score; triplet: anchor, positive, negative"))
     temperature: float = Field(0.05, ge=0.01, le=1, description="divides the cosines; initial value if it is learned")
     learn_temperature: bool = Field(False, description="train the temperature; it stays above 0.01")
-    symmetric: bool = Field(False, description="infonce: also find the anchor of each positive among all anchors")
+    symmetric: bool = Field(False, description="infonce: also rank all anchors for each positive")
     mask_duplicates: bool = Field(False, description=(
-        "infonce: remove false negatives that the batch reveals: equal texts, and positives of an equal anchor"))
+        "infonce: remove false negatives found in the batch: equal texts, and positives of an equal anchor"))
     margin: float = Field(0.5, gt=0, le=2, description="triplet: how much larger the positive's cosine must be")
 
     labels: tuple[str, ...] = Field((), description="the classes, by index; omitted: the classes of the train rows")

@@ -79,6 +79,6 @@ class PretrainConfig(CrossEntropyConfig):
     name: Literal["pretrain"] = "pretrain"
     mlm_probability: float = Field(0.15, gt=0, le=0.5, description=(
         "encoders and sequence-to-sequence models: share of a document's tokens that is masked"))
-    whole_word_mask: bool = Field(False, description="encoders: mask all tokens of a word, or none")
+    whole_word_mask: bool = Field(False, description="encoders: mask all tokens of a word together")
     mean_noise_span_length: float = Field(3.0, ge=1, description=(
         "sequence-to-sequence models: mean length of a masked span, in tokens"))

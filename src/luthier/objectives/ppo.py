@@ -39,13 +39,14 @@ class PpoConfig(OnlineRLConfig):
     critic: Literal["shared", "adapter"] = Field("shared", description=(
         "input of the value head: the states of the policy, or of a second adapter on the same base"))
     cliprange: float = Field(0.2, gt=0, description="maximum relative change of a token's probability within a round")
-    cliprange_value: float | None = Field(0.2, gt=0, description="maximum change of a value within a round; null: any")
+    cliprange_value: float | None = Field(0.2, gt=0, description="maximum change of a value within a round; null: "
+                                                                 "unlimited")
     vf_coef: float = Field(0.1, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
     kl_coef: float = Field(0.05, ge=0, description="weight of the KL penalty; 0 needs no reference model")
     kl_penalty_in: Literal["reward", "loss"] = Field("reward", description="where the KL penalty is applied")
     adaptive_kl_target: float | None = Field(None, gt=0, description=(
-        "KL per completion, in nats, that kl_coef is adapted to after each round; omitted: kl_coef is fixed"))
+        "KL per completion, in nats, that kl_coef is adapted to after each round; default: kl_coef is fixed"))
     gamma: float = Field(1.0, gt=0, le=1, description="discount factor per token")
     gae_lambda: float = Field(0.95, ge=0, le=1, description=(
         "lambda of the generalized advantage estimation: 0 trusts the critic, 1 the rewards"))

@@ -1,7 +1,7 @@
 """Preference losses: which of two completions of a prompt is better. Read `cross_entropy.py` and `base.py` first.
 
 `dpo` has a reference model and several losses (`loss_type`, see `DPO_LOSSES`); `simpo` and `orpo` have no reference. A
-ranking of K completions stands for all of its pairs.
+ranking of K completions is used as all of its pairs.
 
     total = sum over pairs of weight * loss          count = sum over pairs of weight, the weight of the pair's row
 
@@ -233,7 +233,7 @@ class DpoConfig(PreferenceConfig):
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "cdpo"] = Field("sigmoid", description=(
         "loss of a pair: sigmoid is DPO; `objective: ipo` (hinge, robust, cdpo) is short for dpo with that loss_type"))
     label_smoothing: float | None = Field(None, ge=0, lt=0.5, description=(
-        f"robust and cdpo: share of pairs whose order is taken to be wrong; omitted: {DEFAULT_SMOOTHING}"))
+        f"robust and cdpo: assumed share of pairs with swapped labels; default: {DEFAULT_SMOOTHING}"))
     precompute_reference: bool = Field(False, description=PRECOMPUTE_HELP)
 
     @model_validator(mode="before")

@@ -27,16 +27,18 @@ class RewardSourceConfig(Config):
 
     model: str | None = Field(None, description="run folder of a reward model (objective `reward`)")
     function: str | None = Field(None, description=(
-        "a built-in reward (`number`, `json_equal`, `contains`, `length`, `code_tests`, ...), or `module:name` or "
+        "a built-in reward (`numeric_match`, `json_equal`, `contains`, `length`, `code_tests`, ...), or `module:name` "
+        "or "
         "`file.py:name` of a function (prompts, completions, metadata) -> rewards, one per completion"))
-    url: str | None = Field(None, description="a URL that answers {prompts, completions, metadata} with {rewards}")
+    url: str | None = Field(None, description="an HTTP endpoint that receives {prompts, completions, metadata} and "
+                                              "returns {rewards}")
     weight: float = Field(1.0, description="factor on this reward; several rewards are summed")
-    timeout: float = Field(30.0, gt=0, description="seconds until a request, or the tests of one answer, time out")
+    timeout: float = Field(30.0, gt=0, description="timeout in seconds of a request, or of the tests of one completion")
 
     @model_validator(mode="after")
     def _check_one_source(self) -> RewardSourceConfig:
         if sum(source is not None for source in (self.model, self.function, self.url)) != 1:
-            raise ValueError("a reward is one of `model`, `function` and `url`")
+            raise ValueError("set exactly one of `model`, `function` and `url`")
         return self
 
 
@@ -55,10 +57,12 @@ class OnlineRLConfig(ObjectiveConfig):
     temperature: float = Field(1.0, gt=0, description=(
         "sampling temperature; the loss uses log-probabilities at the same temperature"))
     generation_batch_size: int = Field(16, ge=1, description="completions generated at once")
-    num_mini_batches: int = Field(1, ge=1, description="optimizer steps of one pass over a round; each has own prompts")
+    num_mini_batches: int = Field(1, ge=1, description="optimizer steps per pass over a rollout; each uses different "
+                                                       "prompts")
     missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of a truncated completion")
     early_stop_kl: float | None = Field(None, gt=0, description=(
-        "end a round once the policy is this far from the one that generated it, in nats per token; omitted: never"))
+        "end a rollout early when the policy's KL from the one that generated it exceeds this, in nats per token; "
+        "default: never"))
 
     @field_validator("reward", mode="before")
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LARGE = 10_000_000  # tokens of a run above which continued pretraining is advised to train every weight
+LARGE = 10_000_000  # tokens of a run from which full fine-tuning is recommended for continued pretraining
 
 
 def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
-    """Sentences on what to do, the recommended method first, each with its reason in the figures of this plan.
+    """Returns sentences of advice, the recommended method first, each with its reason from the figures of this plan.
 
     Args:
         report: the plan with its measured `methods`, as in plan.json.
@@ -18,17 +18,17 @@ def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
     measured = {row["method"]: row for row in report["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
-        return [f"No tried method fits into {report['room_gb']:.1f} GB. Try in this order: model.quantize=nf4, "
+        return [f"No tried method fits in {report['room_gb']:.1f} GB. Try in this order: model.quantize=nf4, "
                 "model.dtype=bfloat16, "
                 "a smaller training.max_tokens_per_micro_batch, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
-        chosen, why = "full", (f"{tokens:,} tokens of plain text hold more than few parameters can learn "
-                               "(Biderman et al. 2024, arXiv:2405.09673), and full tuning fits")
+        chosen, why = "full", (f"{tokens:,} tokens of plain text are more than few parameters can learn "
+                               "(Biderman et al. 2024, arXiv:2405.09673), and full fine-tuning fits")
     else:
         chosen = next((name for name in ("lora", "qlora", "lora@nf4") if name in fits),
                       min(fits, key=lambda name: fits[name]["peak_memory_gb"]))
-        why = ("it comes closest to full tuning in most comparisons, can be merged into the base and costs "
+        why = ("it comes closest to full fine-tuning in most comparisons, can be merged into the base and costs "
                f"{_compare_cost(fits, 'lora', 'full')}" if chosen == "lora"
                else "of the methods that fit it needs the least memory")
     advice = [f"Choose {chosen}: {why}."]
@@ -59,7 +59,7 @@ def format_table(report: Mapping[str, Any]) -> str:
     lines = [f"Base {report['model']}, {report['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
-    titles = ("method", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
+    titles = ("method", "fits", "trainable", "minutes", "tokens/s", "peak GB", "file MB")
     lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for row in report["methods"]:
         if "why" in row:

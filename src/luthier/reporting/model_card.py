@@ -1,7 +1,7 @@
 """The model card: README.md of a run, and of every folder that is exported from it.
 
 A card is text made of plain facts (`ModelCardFacts`); `assembly/model_card_facts.py` collects them. Its code loads the
-folder that it lies in, head included, with the library that reads it: Sentence Transformers for text embeddings,
+folder that contains it, head included, with the library that reads it: Sentence Transformers for text embeddings,
 Transformers or PEFT for the rest, and Luthier for what neither of them supports. No local path is written.
 """
 
@@ -119,7 +119,7 @@ def build_model_card(facts: ModelCardFacts) -> str:
         f"# {facts.title}", "",
         f"{kind} made with Luthier from `{facts.base_name}` by the method `{facts.method}` with the objective "
         f"`{facts.objective}` on {names}. {recipe}".rstrip(), "",
-        *_describe_gguf_origin(facts), "## DatasetSpec", "", *_explain_native_loading(facts), "```python", *code,
+        *_describe_gguf_origin(facts), "## Usage", "", *_explain_native_loading(facts), "```python", *code,
         "```", "",
         *_format_results(facts.results), *plot])
 
@@ -187,7 +187,7 @@ def _explain_native_loading(facts: ModelCardFacts) -> list[str]:
                "`luthier export --to merged` writes a model that it loads")
     else:
         return []
-    return [f"This folder is opened by Luthier: {why}.", ""]
+    return [f"Load this folder with Luthier: {why}.", ""]
 
 
 def _write_classifier_code(facts: ModelCardFacts, head: TaskHeadFacts) -> Iterator[str]:
@@ -224,7 +224,7 @@ def _write_classifier_code(facts: ModelCardFacts, head: TaskHeadFacts) -> Iterat
         yield from ("side = model.config.image_size", "inputs = {\"pixel_values\": torch.zeros(1, "
                     "model.config.num_channels, side, side)}  # as the processor of the base makes them")
     else:
-        yield 'inputs = tokenizer("A text to judge.", return_tensors="pt")'
+        yield 'inputs = tokenizer("A text to classify.", return_tensors="pt")'
     yield from ("with torch.no_grad():", "    logits = model.eval()(**inputs).logits",
                 "print(logits)" if not labels else "print(model.config.id2label, logits)")
 
@@ -283,7 +283,7 @@ def _format_results(results: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     shown = [(label, results[name]) for name, label in (
         ("steps", "steps"), ("train_tokens", "trained tokens"), ("train_seconds", "seconds"),
-        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_fraction", "share that trains"),
+        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_fraction", "trainable fraction"),
         ("peak_memory_gb", "peak memory, GB"), ("file_bytes", "bytes of the saved weights"), ("stopped", "ended by"))
         if results.get(name) not in (None, "")]
     if shown:

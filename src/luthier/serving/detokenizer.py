@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-INCOMPLETE = "\ufffd"  # decoders write it for the first bytes of a character whose last bytes are not there yet
+INCOMPLETE = "\ufffd"  # decoders write it for an incomplete character
 
 
 class IncrementalDetokenizer:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-    """Raises `MissingExtra` where starlette or uvicorn is not installed."""
+    """Raises `MissingExtra` if starlette or uvicorn is not installed."""
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtra(package, "serve", "luthier serve")
@@ -40,7 +40,7 @@ def build_app(serving: OpenAIServing) -> Starlette:
         try:
             body = await request.json()
         except ValueError:
-            raise RecipeError("the body is no JSON", "send a JSON object") from None
+            raise RecipeError("the body is not JSON", "send a JSON object") from None
         if not isinstance(body, dict):
             raise RecipeError(f"the body is a {type(body).__name__}", "send a JSON object")
         return body
@@ -59,7 +59,7 @@ def build_app(serving: OpenAIServing) -> Starlette:
 
     async def answer_error(request: HTTPRequest, error: Exception) -> Response:
         assert isinstance(error, LuthierError)
-        return JSONResponse(format_error(error), 404 if "there is no model" in error.what else 400)
+        return JSONResponse(format_error(error), 404 if error.what.startswith("unknown model ") else 400)
 
     async def create_chat_completion(request: HTTPRequest) -> Response:
         return await create_completion(request, True)

@@ -50,7 +50,7 @@ class OpenAIServing:
         request = parse_request(EmbeddingRequest, body)
         texts = [request.input] if isinstance(request.input, str) else request.input
         if not texts:
-            raise RecipeError("input: there is no text to embed", "send at least one text")
+            raise RecipeError("input: no text to embed", "send at least one text")
         work = self.engine.run_exclusive(lambda: self.served.embed_texts(request.model, texts))
         states = await asyncio.wrap_future(work)  # [texts, D]
         normalized = states / states.norm(dim=-1, keepdim=True)

@@ -34,26 +34,30 @@ from luthier.training.step import Reference, StepResult, evaluate_batches, step
 
 
 class TrainingConfig(Config):
-    """How long to train, in what portions, and what to keep."""
+    """Length, batches, evaluation and checkpoints of a training run."""
 
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs")
-    batch_size: int = Field(8, ge=1, description="examples per optimizer step; changes what is learned")
-    max_tokens_per_micro_batch: int | None = Field(None, ge=1, description="most tokens in memory at once; never "
-                                                   "changes the result. Left out: 320 on a CPU, 8192 on a GPU")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "
-                                                  "training; held-out rows are measured without it, as `evaluate` does")
-    gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
-                                         "memory; if not, in rows longer than "
-                                             "max_tokens_per_micro_batch as many as do not fit")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
-                                   "best evaluation, at the end and on a signal")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
-    early_stopping_patience: int | None = Field(None, ge=1, description="stop after this many evaluations "
-                                                "without a better one")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step; affects the result")
+    max_tokens_per_micro_batch: int | None = Field(None, ge=1, description="maximum number of tokens of one "
+                                                                           "micro-batch; does not affect the result. "
+                                                                           "Default: 320 on a CPU, 8192 on a GPU")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, in "
+                                                                         "training only; held-out rows are evaluated "
+                                                                         "without it, as in `evaluate`")
+    gradient_checkpointing: bool = Field(False, description="recompute every layer in the backward pass to save "
+                                                            "memory; if false, only rows longer than "
+                                                            "max_tokens_per_micro_batch recompute layers, as many as "
+                                                            "necessary")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; default: once per epoch")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints, in addition to those at the "
+                                                           "best evaluation, at the end and on a signal")
+    save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep, in addition to the best one")
+    early_stopping_patience: int | None = Field(None, ge=1, description="stop after this many evaluations without "
+                                                                        "improvement")
     load_best_model_at_end: bool = Field(True, description="end with the weights of the best evaluation, not the last")
-    report_to: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+    report_to: tuple[str, ...] = Field((), description="trackers in addition to metrics.jsonl: tensorboard, wandb, "
+                                                       "trackio")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -290,7 +294,7 @@ def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
 def _describe_early_stop(training: TrainingConfig, bad_evaluations: int) -> str:
     """The reason of an early stop, or an empty string."""
     is_over = training.early_stopping_patience and bad_evaluations >= training.early_stopping_patience
-    return f"no better evaluation in {bad_evaluations} of them" if is_over else ""
+    return f"evaluations without improvement: {bad_evaluations}" if is_over else ""
 
 
 def _get_stop_signal(job: TrainJob) -> str:

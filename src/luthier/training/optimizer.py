@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate over time. Independent of everything else in the runtime; read it in any order.
+"""AdamW with a learning rate schedule and float32 master weights. Independent of the other files of this package.
 
 The schedule's factor at step k of n, after a linear warm-up of w steps, with u = (k - w) / (n - w):
 
@@ -27,29 +27,30 @@ from luthier.core.errors import RunError
 from luthier.core.optimizer_hook import OptimizerHook
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
-MASTER = "master"  # of a parameter's entries in a checkpoint, the one that holds its float32 copy
+MASTER = "master"  # suffix of a parameter's float32 copy in a checkpoint
 
 
 class OptimizerConfig(Config):
     """AdamW and its schedule."""
 
-    learning_rate: float | None = Field(None, gt=0, description="peak rate; left out: the method's default "
-                                        "times the objective's factor")
-    lr_scheduler_type: Schedule = Field("linear", description="how the rate falls after the warm-up")
-    warmup_ratio: float | None = Field(0.03, ge=0, le=1, description="warm-up as a share of all steps; null where "
-                                       "warmup_steps is given")
-    warmup_steps: int | None = Field(None, ge=0, description="warm-up as a number of steps, in place of warmup_ratio")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the end")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate; default: the method's default "
+                                                                "times the objective's factor")
+    lr_scheduler_type: Schedule = Field("linear", description="shape of the learning rate after the warm-up")
+    warmup_ratio: float | None = Field(0.03, ge=0, le=1, description="warm-up as a fraction of all steps; null if "
+                                                                     "warmup_steps is set")
+    warmup_steps: int | None = Field(None, ge=0, description="warm-up as a number of steps, instead of warmup_ratio")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a fraction of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices; vectors are not decayed")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0, description="longest gradient of all that trains; null: no clipping")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="maximum norm of the gradient of all trained "
+                                                               "parameters; null: no clipping")
 
     @model_validator(mode="before")
     @classmethod
     def _drop_default_ratio(cls, given: Any) -> Any:
-        """`warmup_steps` alone replaces the default of `warmup_ratio`."""
+        """If only `warmup_steps` is set, the default of `warmup_ratio` does not apply."""
         if isinstance(given, dict) and given.get("warmup_steps") is not None:
             return {"warmup_ratio": None, **given}
         return given
@@ -57,7 +58,7 @@ class OptimizerConfig(Config):
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("warmup_ratio and warmup_steps are both given; set one of them to null")
+            raise ValueError("warmup_ratio and warmup_steps are both set; set one of them to null")
         if self.warmup_ratio is None and self.warmup_steps is None:
             raise ValueError("warmup_ratio and warmup_steps are both null; set one of them (0: no warm-up)")
         return self
@@ -71,7 +72,7 @@ class OptimizerConfig(Config):
 
 
 def compute_lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
-    """Share of the peak rate for the step with this index (from 0) of `total`."""
+    """The learning rate as a fraction of the peak, for the step with this index (from 0) of `total`."""
     warm = config.count_warmup_steps(total)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -94,7 +95,7 @@ def needs_master(parameter: Tensor) -> bool:
 
 
 def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
-    """Move the gradient of one micro-batch to the master copy, so that their sum is taken in float32."""
+    """Add the gradient of one micro-batch to that of the master copy, so that gradients are summed in float32."""
     assert parameter.grad is not None
     if master.grad is None:
         master.grad = parameter.grad.to(master.dtype)
@@ -104,21 +105,21 @@ def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
 
 
 class Optimizer:
-    """AdamW over named parameters, each group with its own factor on the rate.
+    """AdamW over named parameters, each with its own factor on the learning rate.
 
-    `parameters` are what it updates, with the gradients of the step: the model's own where these have at least float32,
-    else their float32 master copies.
+    `parameters` are the tensors that it updates: the model's own if they have at least float32, otherwise float32
+    master copies.
 
     Args:
-        parameters: what trains, by name.
-        rate: factor on the learning rate for a name.
+        parameters: the trained parameters by name.
+        rate: returns the factor on the learning rate for a name.
         peak: peak learning rate.
-        optimizer_hooks: what the method does at each update.
+        optimizer_hooks: called before and after each update.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
                  config: OptimizerConfig, total_steps: int, optimizer_hooks: Sequence[OptimizerHook] = ()) -> None:
-        assert parameters, "a method that trains nothing"
+        assert parameters, "no trainable parameters"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
         self._optimizer_hooks, self._step = optimizer_hooks, 0
         self.parameters = {name: nn.Parameter(parameter.detach().to(torch.float32)) if needs_master(parameter)
@@ -137,7 +138,7 @@ class Optimizer:
             fused=self.device.type in ("cuda", "cpu"))
 
     def set_learning_rate(self, step: int) -> float:
-        """Set the rate for the step with this index; returns that of a plain parameter."""
+        """Set the learning rate for the step with this index; returns that of a parameter with factor 1."""
         self._step = step
         rate = self.peak * compute_lr_factor(self.config, step, self.total)
         for group in self.adam.param_groups:
@@ -145,17 +146,17 @@ class Optimizer:
         return rate
 
     def run_pre_step_hook(self) -> None:
-        """The gradient of the whole step is there: the method adds what it minimizes by itself."""
+        """Call the hooks after the gradient of the whole step is computed; a method may add its own gradient."""
         for hook in self._optimizer_hooks:
             hook.pre_step()
 
     def clip_grad_norm(self) -> Tensor:
-        """Shorten the gradient to `config.max_grad_norm`; returns its length before, a scalar on the device."""
+        """Clip the gradient to `config.max_grad_norm`; returns its norm before clipping, a scalar on the device."""
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
 
     def step(self, norm: Tensor) -> None:
-        """Update, unless `norm` is not finite. On a GPU the kernel itself looks at `norm`: nobody waits."""
+        """Update, unless `norm` is not finite. On a GPU the kernel checks `norm`, so the host does not wait."""
         if self.device.type == "cuda":
             self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.adam.grad_scale = None  # type: ignore[attr-defined]
@@ -169,18 +170,18 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        """Round the master copies into the model."""
+        """Write the rounded master copies into the model."""
         for name, parameter in self._copied.items():
             parameter.copy_(self.parameters[name])
 
     def close(self) -> None:
-        """Let go of the model: its gradients are its own again, and the memory of the master copies can be freed."""
+        """Detach from the model: remove the gradient hooks, so that the memory of the master copies can be freed."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Every moment, as ``<parameter>.<moment>``, and every master copy, as ``<parameter>.master``."""
+        """Every moment as ``<parameter>.<moment>``, and every master copy as ``<parameter>.master``."""
         found = {f"{name}.{MASTER}": self.parameters[name].detach() for name in self._copied}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state.get(parameter, {}).items():
@@ -193,19 +194,21 @@ class Optimizer:
             name, moment = key.rsplit(".", 1)
             moments.setdefault(name, {})[moment] = value
         if unknown := moments.keys() - self.parameters.keys():
-            raise RunError(f"the checkpoint's optimizer holds a parameter that does not train here: {min(unknown)!r}",
+            raise RunError(f"the optimizer state in the checkpoint has a parameter that is not trained here: "
+                           f"{min(unknown)!r}",
                            "resume with the recipe that the run was started with")
         if missing := [name for name in self._copied if MASTER not in moments.get(name, {})]:
             raise RunError(f"the checkpoint has no float32 copy of {missing[0]!r}, which is kept in "
                            f"{str(self._copied[missing[0]].dtype).removeprefix('torch.')}: an earlier version wrote it",
-                           "train again from the beginning, under another run name")
+                           "train again from the beginning, with another output_dir")
         for name, found in moments.items():
             parameter = self.parameters[name]
             if MASTER in found:
                 with torch.no_grad():
                     parameter.copy_(found.pop(MASTER))
-            # In the parameter's own layout: the fused kernel goes through both as they lie in memory. The count of
-            # steps too must lie where the kernel runs; only Adam's own loading, not used here, would see to it.
+            # Memory layout and device of the parameter: the fused kernel reads both in memory order, and the step
+            # count must be on
+            # the same device.
             self.adam.state[parameter] = {
                 k: v.to(parameter.device, copy=True) if k == "step" else
                 torch.empty_like(parameter, dtype=v.dtype).copy_(v) for k, v in found.items()}

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from luthier.core.errors import RunError
 
-FULL = "free some space there, keep fewer checkpoints, or let the run write to another disk; then resume"
-DENIED = "give this user write permission there, or let the run write to another folder; then resume"
+FULL = "free disk space, lower training.save_total_limit, or write the run to another disk; then resume"
+DENIED = "give this user write permission, or write the run to another folder; then resume"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
             errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED}
 

@@ -21,7 +21,7 @@ ADAPTER_HUB = frozenset({"hidden_size", "model_class", "model_type", "model_name
 
 
 class Run:
-    """A run folder, written by a training run, by hand or by PEFT. The properties read the files anew each time."""
+    """A run folder, written by a training run, by hand or by PEFT. The properties read the files at every access."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -30,8 +30,8 @@ Reference = Callable[[], AbstractContextManager[None]]
 
 
 def async_read(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
-    """A function that returns the values as numbers. From a GPU the copy is queued now, behind the work that computes
-    them, so reading waits for that work only, and the next step can be queued before it."""
+    """A function that returns the values as numbers. On a GPU the copy is queued now, after the work that computes
+    them. Reading waits only for that work, and the next step can be queued before reading."""
     if device.type != "cuda":
         return lambda: [float(value) for value in values]
     on_device = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]

@@ -23,7 +23,7 @@ from luthier.data.streaming import StreamingBatchSource
 
 Write = Callable[[str, str | bytes], str]
 ABCD = ["ant", "bee", "cat", "dog"]
-UNKNOWN = "answer is a number, and no row shows whether the first choice is 0 or 1"
+UNKNOWN = "answer is an index, and no row shows whether indices start at 0 or at 1"
 
 # choices, answer, the right one by its own words; or the reason of the refusal
 ALONE: dict[str, tuple[Any, Any, str]] = {
@@ -53,18 +53,18 @@ ALONE: dict[str, tuple[Any, Any, str]] = {
     "no number shows it": (["a", "b", "c", "d"], "1", UNKNOWN),
     "no number shows it, either": (ABCD, 3, UNKNOWN),
     "too large": (ABCD, 5, UNKNOWN),
-    "true is no number": (ABCD, True, "answer is none of the choices"),
-    "below 0": (ABCD, -1, "answer is none of the choices"),
-    "a decimal that is none": (ABCD, 1.5, "answer is none of the choices"),
-    "other words": (ABCD, "cow", "answer is none of the choices"),
-    "a letter too far": (ABCD, "E", "answer is none of the choices"),
-    "empty": (ABCD, "", "answer is none of the choices"),
-    "a list": (ABCD, ["cat"], "answer is none of the choices"),
-    "a number beside labels": ({"text": ABCD, "label": ["A", "B", "C", "D"]}, 0, "answer is none of the choices"),
-    "a letter beside labels": ({"text": ABCD, "label": ["1", "2", "3", "4"]}, "A", "answer is none of the choices"),
-    "several of the choices": (["1", "1.0", "2"], 1.0, "answer is several of the choices"),
+    "true is no number": (ABCD, True, "answer matches no choice"),
+    "below 0": (ABCD, -1, "answer matches no choice"),
+    "a decimal that is none": (ABCD, 1.5, "answer matches no choice"),
+    "other words": (ABCD, "cow", "answer matches no choice"),
+    "a letter too far": (ABCD, "E", "answer matches no choice"),
+    "empty": (ABCD, "", "answer matches no choice"),
+    "a list": (ABCD, ["cat"], "answer matches no choice"),
+    "a number beside labels": ({"text": ABCD, "label": ["A", "B", "C", "D"]}, 0, "answer matches no choice"),
+    "a letter beside labels": ({"text": ABCD, "label": ["1", "2", "3", "4"]}, "A", "answer matches no choice"),
+    "several of the choices": (["1", "1.0", "2"], 1.0, "answer matches several choices"),
     "one of the same, exactly": (["1", "1.0", "2"], "1.0", "1.0"),
-    "a letter in the other case": (["b", "a"], "A", "answer is a letter and, in the other case, a choice"),
+    "a letter in the other case": (["b", "a"], "A", "answer is a letter that is also a choice in other case"),
     "too few labels": ({"text": ABCD, "label": ["A"]}, "A", "choices and their labels differ in number"),
 }
 
@@ -91,13 +91,13 @@ SOURCES: dict[str, tuple[list[Any], list[str]]] = {
     "from 0": ([1, 2, 0, 3], ["bee", "cat", "ant", "dog"]),
     "from 1": ([1, 2, 4, 3], ["ant", "bee", "dog", "cat"]),
     "from 1, as a table has them": (["1.0", "4.0"], ["ant", "dog"]),
-    "both": ([0, 1, 4], ["answers are numbers that begin at 0 in one row and at 1 in another"] * 3),
+    "both": ([0, 1, 4], ["answers are indices that start at 0 in one row and at 1 in another"] * 3),
     "neither": ([1, 2, 3], [UNKNOWN] * 3),
-    "too large": ([0, 1, 9], ["ant", "bee", "answer is none of the choices"]),
+    "too large": ([0, 1, 9], ["ant", "bee", "answer matches no choice"]),
     "words beside them": (["cat", 1, 2], ["cat", UNKNOWN, UNKNOWN]),
     "letters show nothing": (["A", "D", 2], ["ant", "dog", UNKNOWN]),
     "what the rows show is of numbers alone": ([[2, "2"], [3, "3"], 2], ["2", "3", UNKNOWN]),
-    "words that are numbers, too": ([0, [2, None]], ["ant", "answer is the number of one choice and the words of another"]),
+    "words that are numbers, too": ([0, [2, None]], ["ant", "answer is the index of one choice and the text of another"]),
     "words and number say the same": ([4, [2, None]], ["dog", "2"]),
 }
 NUMBERS = ["1", "2", "3"]
@@ -135,7 +135,7 @@ def test_whoever_knows_says_from_where(first: int, wanted: list[str], write: Wri
     path = write("a.jsonl", source([1, 2]))
     made = DataConfig.parse({"train": {"path": path, "first_choice": first}})
     assert [right(one) for one in iterate_examples(made.train[0], made, ANY)] == wanted
-    with pytest.raises(DataError, match=r"a.jsonl:1: answer is a number.*set first_choice of the source to 0 or 1"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: answer is an index.*set first_choice of the source to 0 or 1"):
         read_datasets(DataConfig.parse({"train": path}), letters, seed=0)
 
 

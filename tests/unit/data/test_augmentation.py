@@ -53,7 +53,7 @@ def test_synonyms_come_from_the_users_file(write) -> None:
     letters = write("letters.txt", "кот, кошка\ntat, state\nkiz, girl\nbig, Big\n")
     said = change("synonyms", rate=0.99, text="Который кот? l'état kız Kiz, a big one", file=letters)
     assert said == "Который кошка? l'état kız Girl, a big one", "words of any script are whole, and those alone that are named"
-    for content, words in (("alone\n", "a word without another"), ("\n", "holds no synonyms")):
+    for content, words in (("alone\n", "a word without a synonym"), ("\n", "has no synonyms")):
         with pytest.raises(DataError, match=words):
             change("synonyms", file=write(f"{words[:4]}.txt", content))
     with pytest.raises(DataError, match="synonyms need a file of words, and None is none"):
@@ -103,7 +103,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
 
 def test_a_change_without_a_meaning_is_refused(write, letters) -> None:
     path = write("a.jsonl", json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
-    with pytest.raises(DataError, match="knows no deletion for PreferenceExample"):
+    with pytest.raises(DataError, match="deletion does not support PreferenceExample"):
         read_datasets(DataConfig.parse({"train": path, "augment": ["deletion"]}), letters, seed=0)
     with pytest.raises(RecipeError, match="augment"):
         DataConfig.parse({"train": path, "augment": ["delete"]})

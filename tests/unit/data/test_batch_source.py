@@ -68,7 +68,7 @@ def test_a_cursor_of_other_data_is_refused() -> None:
                InMemoryBatchSource(some(5), 2, None, shuffle=False), InMemoryBatchSource(some(5), 2, None, mix=[(5, 2.0)]),
                InMemoryBatchSource([TokenizedExample((TokenSpan(e.spans[0].ids, (0.0, 1.0, 0.5)),), e.origin) for e in some(5)], 2, None)]
     for other in changes:
-        with pytest.raises(DataError, match="not what this run was trained on"):
+        with pytest.raises(DataError, match="differs from the data that this run was trained on"):
             other.load(state)
     InMemoryBatchSource(some(5), 3, 100).load(state)  # how it is cut into steps and rows may change
 
@@ -156,11 +156,11 @@ def test_a_streams_cursor_goes_on_exactly(texts, letters, steps, block, shuffle,
 
 def test_a_streams_cursor_of_other_data_is_refused(texts, letters) -> None:
     state = streamed(texts, letters).state()
-    with pytest.raises(DataError, match="not what this run was trained on"):
+    with pytest.raises(DataError, match="differs from the data that this run was trained on"):
         streamed(texts, letters, max_length=5).load(state)
     stream = streamed(texts, letters)
     texts("a.jsonl", 21, "a")
-    with pytest.raises(DataError, match="not what this run was trained on"):
+    with pytest.raises(DataError, match="differs from the data that this run was trained on"):
         stream.load(state)
 
 

@@ -34,17 +34,17 @@ def test_a_turn_that_the_template_drops_is_refused(dropped: str) -> None:
         assert "user\nbe kind\n\nhi" in tokenizer.decode(found[0].spans[0].ids)
         return
     assert isinstance(found, RejectedRow)
-    assert (found.reason, found.detail) == ("a turn that the chat template does not render", "it drops the words of turn 1 (user)")
+    assert (found.reason, found.detail) == ("a turn that the chat template does not render", "it drops the content of turn 1 (user)")
 
 
 @pytest.mark.parametrize(("raw", "reason"), [
-    ({"role": "assistant", "content": ""}, "an assistant's turn is empty"),
-    ({"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"}, "a turn has two different thoughts"),
-    ({"role": "assistant", "content": "a", "reasoning_content": ["x"]}, "a turn's thoughts are not text"),
+    ({"role": "assistant", "content": ""}, "an assistant turn is empty"),
+    ({"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"}, "a turn has two reasoning texts"),
+    ({"role": "assistant", "content": "a", "reasoning_content": ["x"]}, "the reasoning of a turn is not a string"),
     ({"role": "assistant", "function_call": {"arguments": "{}"}}, "a function call has no name"),
     ({"role": "narrator", "content": "a"}, "a turn has an unknown role"),
     ({"content": "a"}, "a turn has no role"),
-    ({"role": "user", "content": [{"type": "image_url"}]}, "a turn holds something other than text"),
+    ({"role": "user", "content": [{"type": "image_url"}]}, "a turn has a part that is not text"),
 ])
 def test_a_turn_that_cannot_be_read_says_why(raw: dict[str, object], reason: str) -> None:
     with pytest.raises(InvalidRowError) as error:
@@ -71,7 +71,7 @@ def test_each_rule_that_was_used_is_a_remark() -> None:
                         Message("tool", "r", None, {"tool_call_id": "1"}), Message("assistant", "a", None, {"reasoning_content": "t"})),
                        HERE, tools=({"type": "function", "function": {"name": "f"}},))
     (found,) = encode_example(chat, tokenizer_with("chatml"), CONFIG)  # type: ignore[misc]
-    for words in ("tools are listed in the system turn", "plain text", "<tool_call>", "tool_call_id", "<think>"):
+    for words in ("tools were listed in the system turn", "plain text", "<tool_call>", "tool_call_id", "<think>"):
         assert any(words in remark for remark in found.remarks), words
     (plain,) = encode_example(ChatExample((Message("user", "q"), Message("assistant", "a")), HERE), tokenizer_with("chatml"), CONFIG)  # type: ignore[misc]
     assert plain.remarks == ()
@@ -93,7 +93,7 @@ def called(call_id: str | None, result_id: str | None) -> ChatExample:
     ((None, "123456789"), "a key that the chat template needs is missing", "'id' of a function call: "),
     (("123456789", None), "a key that the chat template needs is missing", "'tool_call_id' of a tool's result: "),
     ((None, None), "a key that the chat template needs is missing", "'tool_call_id' of a tool's result and 'id' of a function call: "),
-    (("call_1", "call_1"), "a key has a form that the chat template refuses", "'tool_call_id' of a tool's result and 'id' of a"),
+    (("call_1", "call_1"), "a key has a value that the chat template does not accept", "'tool_call_id' of a tool's result and 'id' of a"),
 ])
 def test_the_key_that_a_template_demands_is_named(ids: tuple[str | None, str | None], reason: str, keys: str) -> None:
     tokenizer = tokenizer_with("mistral_v3")
@@ -127,7 +127,7 @@ def test_a_dropped_turn_is_refused_though_another_says_the_same() -> None:
                             Message("tool", "r", None, {"tool_call_id": "123456789"}), Message("assistant", words)), HERE)
         found = encode_example(chat, tokenizer_with("mistral_v3"), CONFIG)
         assert isinstance(found, RejectedRow)
-        assert found.detail == "it drops the words of turn 2 (assistant)"
+        assert found.detail == "it drops the content of turn 2 (assistant)"
 
 
 def test_thoughts_that_a_template_drops_are_trained_or_refused() -> None:
@@ -138,7 +138,7 @@ def test_thoughts_that_a_template_drops_are_trained_or_refused() -> None:
     for kind, on in (("deepseek_r1", "all"), ("deepseek_v31", "assistant")):
         refused = encode_example(chat, tokenizer_with(kind), DataConfig.parse({"train": "-", "loss_on": on}))
         assert isinstance(refused, RejectedRow)
-        assert refused.reason == "thoughts that the chat template does not render"
+        assert refused.reason == "reasoning that the chat template does not render"
 
 
 def test_all_trains_the_prompt_of_a_bare_completion_too() -> None:

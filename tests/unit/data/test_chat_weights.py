@@ -107,7 +107,7 @@ def test_what_the_template_refuses_is_refused_with_its_words(letters) -> None:
     letters.chat_template = "{{ raise_exception('roles must alternate') }}"
     found = encode_example(ChatExample(CHAT, HERE), letters, config())
     assert isinstance(found, RejectedRow)
-    assert str(found) == "f:1: the chat template refuses it (roles must alternate)"
+    assert str(found) == "f:1: the chat template raises an error (roles must alternate)"
 
 
 def test_calls_and_tools_are_put_into_words_where_the_template_has_none(letters, trained) -> None:

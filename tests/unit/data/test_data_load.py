@@ -36,7 +36,7 @@ def test_every_row_is_kept_truncated_or_refused(write, letters) -> None:
     assert (part.tokens, part.trained) == (4 + 8 + 4, 3 + 7 + 3)
     assert (part.lengths["min"], part.lengths["max"], sum(part.histogram["counts"])) == (4, 8, 3)
     assert json.loads(json.dumps(found.report.to_json()))["parts"]["train"]["kept"] == 3
-    assert any("1 refused: broken JSON" in line for line in found.report.lines())
+    assert any("1 rejected: broken JSON" in line for line in found.report.lines())
 
 
 def test_refusals_are_all_counted_and_the_first_thousand_named(write, letters) -> None:
@@ -87,7 +87,7 @@ def test_limit_and_progress(write, letters) -> None:
 
 def test_a_limit_does_not_hide_columns_that_fit_nothing(write, letters) -> None:
     path = write("a.jsonl", '{"x": 1}\n' * 5)
-    with pytest.raises(DataError, match="fit no known format"):
+    with pytest.raises(DataError, match="match no known format"):
         read_datasets(config(train=path, max_samples=3), letters, seed=0)
     both = [write(name, rows("one", "two")) for name in ("f/a.jsonl", "f/b.jsonl")]
     found = read_datasets(config(train=str(Path(both[0]).parent), max_samples=3), letters, seed=0)
@@ -106,7 +106,7 @@ def test_streaming_reads_no_train_rows_and_holds_nothing_out(write, letters) -> 
     path = write("a.txt", "one\ntwo\n")
     found = read_datasets(config(train=path, eval=path, streaming=True), letters, seed=0)
     assert (len(found.train), len(found.eval)) == (0, 2)
-    with pytest.raises(DataError, match="do not stream"):
+    with pytest.raises(DataError, match=r"omit data\.streaming"):
         read_datasets(config(train=path, eval=0.5, streaming=True), letters, seed=0)
 
 

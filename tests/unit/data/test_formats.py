@@ -88,14 +88,14 @@ REFUSED = {
     "a turn is text": ({"messages": ["hello"]}, "a turn is not an object"),
     "no role": ({"messages": [{"content": "q"}]}, "a turn has no role"),
     "strange role": ({"messages": [{"role": "asistant", "content": "q"}]}, "a turn has an unknown role"),
-    "numeric content": ({"messages": [{"role": "user", "content": 3}]}, "a turn's content is not text"),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a turn holds something other than text"),
-    "silent assistant": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}, "an assistant's turn is empty"),
-    "nobody answers": ({"messages": [{"role": "user", "content": "q"}]}, "no assistant's turn"),
+    "numeric content": ({"messages": [{"role": "user", "content": 3}]}, "the content of a turn is not a string"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a turn has a part that is not text"),
+    "silent assistant": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}, "an assistant turn is empty"),
+    "nobody answers": ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn"),
     "weight in words": ({"messages": [{"role": "user", "content": "q", "weight": "heavy"}]}, "weight is not a number"),
     "negative weight": ({"text": "t", "weight": -1}, "weight is not a finite number from 0 up"),
     "endless weight": ({"text": "t", "weight": float("nan")}, "weight is not a finite number from 0 up"),
-    "train in words": ({"messages": [{"role": "user", "content": "q", "train": "yes"}]}, "train is neither true nor false"),
+    "train in words": ({"messages": [{"role": "user", "content": "q", "train": "yes"}]}, "train is not true or false"),
     "tools": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": "{}"}, "tools is not a list of objects"),
     "call": ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "function_call is not JSON"),
     "nameless call": ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a function call has no name"),
@@ -121,7 +121,7 @@ def test_a_wrong_value_is_refused_with_its_reason(name) -> None:
 def test_a_second_format_in_a_file_is_refused_by_the_row() -> None:
     first, second, third = become({"text": "t"}, {"prompt": "q", "completion": "a"}, {"text": None})
     assert isinstance(first, TextExample)
-    assert str(second) == "f:2: no text (the file's format is text, which needs text)"
+    assert str(second) == "f:2: no text (the format of the file is text, which needs text)"
     assert third.reason == "no text"
 
 
@@ -150,7 +150,7 @@ def test_a_file_of_strangers_is_given_up_early() -> None:
             met.append(line)
             yield Row({"x": "y"}, Origin("f", line))
 
-    with pytest.raises(DataError, match="fit no known format"):
+    with pytest.raises(DataError, match="match no known format"):
         list(read_examples(rows()))
     assert len(met) <= 100
 

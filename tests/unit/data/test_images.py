@@ -78,7 +78,7 @@ def test_a_column_may_name_a_picture_file_or_hold_its_bytes(folder) -> None:
     named, packed, missing, ragged, deep = read_examples([Row(row, Origin(str(folder / "rows.jsonl"), i)) for i, row in enumerate(rows)])
     np.testing.assert_array_equal(np.asarray(named.pixels), packed.pixels)
     assert (named.label, packed.label) == ("a", None)
-    assert [one.reason for one in (missing, ragged, deep)] == ["the image cannot be read", "pixels are no table of bytes",
+    assert [one.reason for one in (missing, ragged, deep)] == ["the image cannot be read", "pixels are not an array of bytes",
                                                                "pixels are not [height, width] or [height, width, 3]"]
 
 
@@ -104,11 +104,11 @@ def test_an_idx_file_finds_its_labels_beside_it(mnist) -> None:
 
 
 def test_damaged_idx_files_are_named(mnist, write) -> None:
-    with pytest.raises(DataError, match=r"holds 6 images, train-labels-idx1-ubyte\.gz beside it 5 labels"):
+    with pytest.raises(DataError, match=r"has 6 images, and train-labels-idx1-ubyte\.gz has 5 labels"):
         read_datasets(config(train=mnist(labels=5)), see, seed=0)
-    with pytest.raises(DataError, match="says it holds 6 x 4 x 4 bytes, and holds 95"):
+    with pytest.raises(DataError, match="should have 6 x 4 x 4 bytes by its header, and has 95"):
         read_datasets(config(train=mnist(cut=1)), see, seed=0)
-    with pytest.raises(DataError, match="no IDX file"):
+    with pytest.raises(DataError, match="not an IDX file"):
         read_datasets(config(train=write("a-images-idx3-ubyte", b"words")), see, seed=0)
 
 

@@ -81,7 +81,7 @@ REFUSED = {
     "an odd label": ({"text": "t", "label": {"a": 1}}, "label is neither a name, a number nor a list of names"),
     "not a number": ({"text": "t", "label": float("nan")}, "label is not a finite number"),
     "words and tags": ({"words": ["t"], "tags": ["O", "O"]}, "words and tags differ in number"),
-    "an empty word": ({"words": ["t", ""], "tags": ["O", "O"]}, "a word is empty or not text"),
+    "an empty word": ({"words": ["t", ""], "tags": ["O", "O"]}, "a word is empty or not a string"),
     "a score in words": ({"sentence1": "t", "sentence2": "u", "score": "much"}, "score is not a number"),
     "a score below 0": ({"sentence1": "t", "sentence2": "u", "score": -1}, "score is below 0"),
     "an empty negative": ({"anchor": "t", "positive": "u", "negative": " "}, "empty negative"),
@@ -165,7 +165,7 @@ def test_a_label_never_seen_in_training_is_refused_with_its_line(write, letters)
     test = write("b.jsonl", lines({"text": "t", "label": "pos"}, {"text": "v", "label": "mixed"}))
     found = read_datasets(config(train=train, test=test), letters, seed=0)
     (refused,) = found.report.parts["test"].refused
-    assert (refused["line"], refused["reason"], refused["detail"]) == ("2", "a label that is none of the classes", "'mixed'; known: neg, pos")
+    assert (refused["line"], refused["reason"], refused["detail"]) == ("2", "a label that is not one of the classes", "'mixed'; known: neg, pos")
     assert (len(found.test), len(found.test_examples), found.report.parts["test"].kept) == (1, 1, 1)
 
 
@@ -173,8 +173,8 @@ def test_named_classes_take_names_and_never_positions(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "neg"}, {"text": "u", "label": 0}, {"text": "v", "label": 2}))
     found = read_datasets(config(train=path), letters, seed=0, classes=("pos", "neg"))
     assert [one.labeled_spans[0].label for one in found.train] == [1.0]
-    assert (found.labels, found.report.parts["train"].reasons) == (("pos", "neg"), {"a label that is none of the classes": 2})
-    assert "a number is not read as the position of a class" in found.report.parts["train"].refused[0]["detail"]
+    assert (found.labels, found.report.parts["train"].reasons) == (("pos", "neg"), {"a label that is not one of the classes": 2})
+    assert "a number is not an index of a class" in found.report.parts["train"].refused[0]["detail"]
 
 
 def test_without_classes_a_label_is_a_number(write, letters) -> None:
@@ -182,7 +182,7 @@ def test_without_classes_a_label_is_a_number(write, letters) -> None:
     found = read_datasets(config(train=path), letters, seed=0, classes=None)
     assert [one.labeled_spans[0].label for one in found.train] == [2.5, -1.0]
     assert found.labels == ()
-    assert set(found.report.parts["train"].reasons) == {"label is not a number", "several labels where one number is wanted"}
+    assert set(found.report.parts["train"].reasons) == {"label is not a number", "several labels instead of one number"}
 
 
 def test_several_labels_are_flags(write, letters) -> None:
@@ -207,7 +207,7 @@ def test_a_score_above_the_scale_is_refused(write, letters) -> None:
 
 
 def test_what_needs_all_rows_is_not_streamed(write, letters) -> None:
-    rows = {"found by reading": {"text": "t", "label": "a"}, "another row's answer": {"prompt": "q", "completion": "a", "label": 1},
+    rows = {"collected from all training rows": {"text": "t", "label": "a"}, "another row's answer": {"prompt": "q", "completion": "a", "label": 1},
             "scale of the scores": {"sentence1": "t", "sentence2": "u", "score": 1}}
     for reason, row in rows.items():
         with pytest.raises(DataError, match=reason):
@@ -215,7 +215,7 @@ def test_what_needs_all_rows_is_not_streamed(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "b"}, {"text": "u", "label": "x"}))
     (one,) = next(StreamingBatchSource(config(train=path, shuffle=False), letters, 1, None, use=DatasetSpec(classes=("a", "b"))))
     assert one.target.labels.tolist() == [1.0]
-    with pytest.raises(DataError, match="neither changed nor copied"):
+    with pytest.raises(DataError, match="are not augmented"):
         StreamingBatchSource(config(train=path, augment=["deletion"]), letters, 1, None)
 
 

@@ -234,8 +234,8 @@ def test_a_long_text_is_cut_split_or_refused(how: Any) -> None:
 
 @pytest.mark.parametrize(("how", "text", "reason", "hide"), [
     ("words", "[MASK]", "nothing to train on", {}), ("spans", "a", "nothing to train on", {}),
-    ("spans", "abc<extra_id_0>def", "the text holds a token that stands for hidden spans", {}),
-    ("spans", "abc<|im_end|>def", "or the end mark", {}),
+    ("spans", "abc<extra_id_0>def", "the text contains a sentinel token", {}),
+    ("spans", "abc<|im_end|>def", "or the end-of-sequence token", {}),
     ("spans", TEXT * 5, "more spans than the tokenizer has sentinels", {"span": 1.0})])
 def test_what_cannot_be_hidden_is_refused(how: Any, text: str, reason: str, hide: Any) -> None:
     assert reason in whole(how, text, **hide).reason
@@ -304,10 +304,10 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
 
 def test_a_cursor_belongs_to_what_is_hidden() -> None:
     first, second = (InMemoryBatchSource([one("words", rate=rate)], 1, None) for rate in (0.15, 0.3))
-    with pytest.raises(DataError, match="not what this run was trained on"):
+    with pytest.raises(DataError, match="differs from the data that this run was trained on"):
         second.load(first.state())
     whole_, apart = (InMemoryBatchSource([one("words", tokenizer=word_tokenizer(), whole=how)], 1, None) for how in (True, False))
-    with pytest.raises(DataError, match="not what this run was trained on"):
+    with pytest.raises(DataError, match="differs from the data that this run was trained on"):
         whole_.load(apart.state())
 
 

@@ -82,7 +82,7 @@ REFUSED = {
     "ranks from 2": ({"prompt": "q", "answers": [{"text": "a", "rank": 2}, {"text": "b", "rank": 3}]}, "ranks have a gap"),
     "half a rank": ({"prompt": "q", "answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": 0.5}]}, "ranks have a gap"),
     "one without a rank": ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b"}]}, "an answer has no rank"),
-    "one answer": ({"prompt": "q", "answers": ["a"]}, "one answer alone cannot be compared"),
+    "one answer": ({"prompt": "q", "answers": ["a"]}, "a single answer cannot be compared"),
     "no answers": ({"prompt": "q", "answers": []}, "answers is empty"),
     "a rank in words": ({"prompt": "q", "answers": [{"text": "a", "rank": "best"}, {"text": "b", "rank": "1"}]}, "rank is not a number"),
     "the same twice": ({"prompt": "q", "chosen": "a", "rejected": "a \n"}, "chosen and rejected are the same"),
@@ -90,18 +90,18 @@ REFUSED = {
     "two alike of three": ({"prompt": "q", "answers": ["a", "b", "a"]}, "two answers are the same"),
     "an empty answer": ({"prompt": "q", "chosen": " ", "rejected": "b"}, "empty chosen"),
     "an empty turn": ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: a"}, "a turn of the transcript is empty"),
-    "no transcript": ({"chosen": "a", "rejected": "b"}, "chosen is no transcript"),
-    "the user answers": ({"prompt": "q", "chosen": [turn("assistant", "a"), turn("user", "x")], "rejected": "b"}, "an answer does not end with the assistant's turn"),
-    "a choice too many": ({"prompt": "q", "choices": ["a", "b"], "answer": 3}, "answer is a number, and no row shows whether the first choice is 0 or 1"),
-    "a number below 0": ({"prompt": "q", "choices": ["a", "b"], "answer": "-1"}, "answer is none of the choices"),
-    "no choice's words": ({"prompt": "q", "choices": ["a", "b"], "answer": "c"}, "answer is none of the choices"),
-    "a number where choices have labels": ({"prompt": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": 0}, "answer is none of the choices"),
-    "one choice": ({"prompt": "q", "choices": ["a"], "answer": 0}, "one answer alone cannot be compared"),
+    "no transcript": ({"chosen": "a", "rejected": "b"}, "chosen is not a transcript"),
+    "the user answers": ({"prompt": "q", "chosen": [turn("assistant", "a"), turn("user", "x")], "rejected": "b"}, "an answer does not end with an assistant turn"),
+    "a choice too many": ({"prompt": "q", "choices": ["a", "b"], "answer": 3}, "answer is an index, and no row shows whether indices start at 0 or at 1"),
+    "a number below 0": ({"prompt": "q", "choices": ["a", "b"], "answer": "-1"}, "answer matches no choice"),
+    "no choice's words": ({"prompt": "q", "choices": ["a", "b"], "answer": "c"}, "answer matches no choice"),
+    "a number where choices have labels": ({"prompt": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": 0}, "answer matches no choice"),
+    "one choice": ({"prompt": "q", "choices": ["a"], "answer": 0}, "a single answer cannot be compared"),
     "the same choice twice": ({"prompt": "q", "choices": ["a", "b", "b"], "answer": 0}, "two answers are the same"),
     "an empty choice": ({"prompt": "q", "choices": ["a", ""], "answer": 0}, "empty choice"),
     "choices that are no list": ({"prompt": "q", "choices": "a or b", "answer": 0}, "choices is not JSON"),
-    "an odd verdict": ({"prompt": "q", "completion": "a", "label": "so-so"}, "label is neither good nor bad"),
-    "nothing answered": ({"messages": [turn("user", "q")], "label": True}, "the last turn is not the assistant's"),
+    "an odd verdict": ({"prompt": "q", "completion": "a", "label": "so-so"}, "label is not desirable or undesirable"),
+    "nothing answered": ({"messages": [turn("user", "q")], "label": True}, "the last turn is not an assistant turn"),
     "a margin in words": ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is not a number"),
 }
 
@@ -216,7 +216,7 @@ def test_too_long_loses_the_prompts_beginning_for_all_answers_alike(letters) -> 
     assert all(ids[-1] == end for ids, _ in paths(found))
     refused = encode_example(example, letters, config(**bare, truncation="refuse"))
     assert (refused.reason, refused.detail) == ("longer than max_length", "14 tokens, at most 8")
-    assert encode_example(PreferenceExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no room for its prompt"
+    assert encode_example(PreferenceExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no space for its prompt"
 
 
 def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
@@ -244,7 +244,7 @@ def test_a_prompt_keeps_its_metadata_and_must_leave_room(letters) -> None:
     size = len(found.spans[0].ids)
     assert encode_example(example, letters, config(max_length=size + 5), 5) == [found]
     refused = encode_example(example, letters, config(max_length=size + 4), 5)
-    assert refused.reason == "the prompt leaves no room to answer"
+    assert refused.reason == "the prompt leaves no space for the answer"
 
 
 REAL = {"hh_rlhf_harmless.jsonl": ("Preference", 40, {}), "dpo_en_demo.json": ("Preference", 40, {}),

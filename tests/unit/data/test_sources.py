@@ -138,8 +138,8 @@ HOPELESS = {
     "plain.jsonl.xz": (b'{"text": "a"}\n', "cannot be read"),
     "words.json": (b"Dear diary", "is not JSON: it begins with 'Dear diary'"),
     "wide.txt": ("words".encode("utf-16"), "UTF-16"),
-    "words.parquet": (b"Dear diary", "is not Parquet"),
-    "picture.bmp": (b"BM", "suffix that is not known"),
+    "words.parquet": (b"Dear diary", "is not a Parquet file"),
+    "picture.bmp": (b"BM", "unknown suffix"),
     "twice.csv": (b"a,a\n1,2\n", "column 'a' twice"),
 }
 
@@ -162,7 +162,7 @@ def test_a_missing_file_names_its_nearest_neighbour(write, tmp_path) -> None:
 
 
 def test_a_folder_without_data_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="has no data file"):
         every(str(tmp_path))
 
 

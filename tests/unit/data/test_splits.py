@@ -80,7 +80,7 @@ UNCLEAR: dict[str, tuple[list[str], dict[str, str], str]] = {
     "no such split": (HUB, {"split": "validation"}, r"no split 'validation'\n.*it has: test, train"),
     "no train split": (["test.jsonl"], {}, r"no split 'train', which data.train reads\n.*it has: test"),
     "several train splits": (SFT, {}, r"no split 'train'.*\n.*train_sft"),
-    "a name that says nothing": ([*HUB, "more.jsonl"], {}, r"the splits test, train, and more.jsonl, whose name says no split"),
+    "a name that says nothing": ([*HUB, "more.jsonl"], {}, r"the splits test, train, and more.jsonl, whose name contains no split"),
     "a name that says two things": (["train_test.jsonl"], {}, r"no split 'train'.*\n.*it has: train_test"),
     "several subsets": (["en/train.jsonl", "de/train.jsonl"], {}, r"several subsets, which are not mixed\n.*it has: de, en"),
     "no such subset": (["en/train.jsonl", "de/train.jsonl"], {"subset": "fr"}, r"no subset 'fr'\n.*it has: de, en"),
@@ -92,10 +92,10 @@ UNCLEAR: dict[str, tuple[list[str], dict[str, str], str]] = {
     "a config without files": (MADE, {"readme": "configs: [{config_name: x, data_files: y/*}]"}, r"'y/\*' of the split 'train' matches no data file"),
     "files elsewhere": (MADE, {"readme": "configs: [{data_files: https://x.org/a.jsonl}]"}, r"matches no data file"),
     "files above": (MADE, {"readme": "configs: [{data_files: ../a.jsonl}]"}, r"matches no data file"),
-    "a file in two splits": (MADE, {"readme": "configs: [{data_files: {train: main/*, test: main/b.jsonl}}]"}, r"b.jsonl is of the splits 'train' and 'test'"),
-    "a broken head": (MADE, {"readme": "configs: ["}, r"YAML head cannot be read"),
+    "a file in two splits": (MADE, {"readme": "configs: [{data_files: {train: main/*, test: main/b.jsonl}}]"}, r"b.jsonl belongs to the splits 'train' and 'test'"),
+    "a broken head": (MADE, {"readme": "configs: ["}, r"YAML header cannot be read"),
     "an odd head": (MADE, {"readme": "configs: main"}, r"configs is not a list of mappings"),
-    "an odd path": (MADE, {"readme": "configs: [{data_files: {train: 3}}]"}, r"data_files names no path"),
+    "an odd path": (MADE, {"readme": "configs: [{data_files: {train: 3}}]"}, r"data_files has no path"),
 }
 
 
@@ -245,7 +245,7 @@ def test_a_source_without_columns_has_those_of_all(write: Write, letters: PreTra
     path = write("a.jsonl", '{"ask": "w", "say": "y"}\n')
     columns: Mapping[str, str] = {"prompt": "ask", "completion": "say"}
     assert len(read_datasets(config(path, columns=columns), letters, seed=0).train) == 1
-    with pytest.raises(DataError, match="fit no known format"):
+    with pytest.raises(DataError, match="match no known format"):
         read_datasets(config({"path": path, "columns": {}}, columns=columns), letters, seed=0)
     for faulty, words in (({"promt": "x"}, "did you mean 'prompt'"), ({"prompt": 0, "completion": "x"}, "or numbers for all")):
         with pytest.raises(RecipeError, match=words):

@@ -67,7 +67,7 @@ def test_a_prompt_of_which_no_word_would_be_left_is_refused() -> None:
     for kind in ("chatml", "llama3"):
         made = encode_with_truncation(pair(PROMPT), tokenizer_with(kind), config(max_length=60))
         assert isinstance(made, RejectedRow)
-        assert made.reason == "an answer leaves no room for its prompt"
+        assert made.reason == "an answer leaves no space for its prompt"
 
 
 def test_a_single_answer_with_a_verdict_is_cut_in_the_same_way() -> None:

@@ -159,7 +159,7 @@ def test_classes_that_are_hard_to_sort_are_names(write: Write, letters: Letters)
 
 
 def test_two_spellings_of_a_decimal_are_not_guessed_at(write: Write, letters: Letters) -> None:
-    with pytest.raises(DataError, match=r"a.csv:3: the label '1.10' is spelled '1.1' in another row"):
+    with pytest.raises(DataError, match=r"a.csv:3: the label '1.10' is written '1.1' in another row"):
         read_datasets(config(train=write("a.csv", "text,label\na,1.1\nb,1.10\nc,2\n")), letters, seed=0)
     found = read_datasets(config(train=write("b.csv", "text,label\na,1.10\nb,1.10\nc,2\n")), letters, seed=0)
     assert found.labels == ("1.1", "2")
@@ -175,8 +175,8 @@ def test_what_is_no_class_is_refused_and_no_position(label: Any, write: Write, l
             assert numbers(found, "test") == [1, 1]
             continue
         (refused,) = found.report.parts["test"].refused
-        assert (refused["line"], refused["reason"]) == ("2", "a label that is none of the classes")
-        assert ("a number is not read as the position" in refused["detail"]) == (label != "Pos")
+        assert (refused["line"], refused["reason"]) == ("2", "a label that is not one of the classes")
+        assert ("a number is not an index" in refused["detail"]) == (label != "Pos")
 
 
 def test_several_labels_and_tags_follow_the_rule(write: Write, letters: Letters) -> None:
@@ -185,7 +185,7 @@ def test_several_labels_and_tags_follow_the_rule(write: Write, letters: Letters)
     found = read_datasets(config(train=train, test=test), letters, seed=0)
     assert found.labels == ("1", "2")
     assert numbers(found, "train") == numbers(found, "test") == [(1, 1), (1, 0), (1, 0)]
-    assert found.report.parts["test"].reasons == {"a label that is none of the classes": 1}
+    assert found.report.parts["test"].reasons == {"a label that is not one of the classes": 1}
     tagged = write("c.jsonl", jsonl([{"words": ["a", "b", "c"], "tags": [1, "1.0", True]}, {"words": ["a"], "tags": [0]}]))
     found = read_datasets(config(train=tagged), letters, seed=0)
     assert found.labels == ("0", "1")
@@ -218,7 +218,7 @@ def test_names_that_a_data_set_declares_are_its_classes(tmp_path: Path, letters:
     for path in (tmp_path / "a.parquet", tmp_path / "saved"):
         found = read_datasets(config(train=str(path)), letters, seed=0)
         assert (found.labels, numbers(found, "train"), found.report.parts["train"].reasons) == (("neg", "pos"), [1, 0], {"no label": 1})
-        with pytest.raises(DataError, match="a label that is none of the classes"):
+        with pytest.raises(DataError, match="a label that is not one of the classes"):
             read_datasets(config(train=str(path)), letters, seed=0, classes=("bad", "good"))
     tags = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "PER"]))})
     datasets.Dataset.from_dict({"tokens": [["a", "b"]], "ner_tags": [[0, 1]]}, features=tags).to_parquet(str(tmp_path / "b.parquet"))
@@ -283,7 +283,7 @@ def test_verdicts_follow_the_rule() -> None:
             assert isinstance(found, UnpairedPreferenceExample)
             assert found.good is good
     for odd in (2, -1, 0.5, "yes", "", [], None, "nan"):
-        with pytest.raises(row_values.InvalidRowError, match="neither good nor bad"):
+        with pytest.raises(row_values.InvalidRowError, match="not desirable or undesirable"):
             row_values.read_verdict(odd)
     assert KtoConfig.example_types == {"UnpairedPreferenceExample"}
 
@@ -333,7 +333,7 @@ def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write:
 
 @pytest.mark.parametrize("objective", ["classify", "contrastive"])
 def test_scores_of_answers_need_rows_that_ask(objective: str) -> None:
-    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact_match: these score generated answers, and the rows of objective '{objective}' ask for none"):
+    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact_match: these score generated answers, and the rows of objective '{objective}' have no prompts"):
         build_recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact_match"]})
     build_recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact_match"]})
 
@@ -350,4 +350,4 @@ def test_a_word_that_becomes_no_token_is_the_reason(silent: str, place: int, wri
     rows = [{"words": words, "tags": ["O", "X", "O"]}, {"words": ["a", "b"], "tags": ["O", "X"]}]
     found = read_datasets(config(train=write("a.jsonl", jsonl(rows))), tokenizer, seed=0)
     (refused,) = found.report.parts["train"].refused
-    assert (refused["line"], refused["reason"], refused["detail"]) == ("1", "the tokenizer makes no tokens of a word", ascii(silent))
+    assert (refused["line"], refused["reason"], refused["detail"]) == ("1", "the tokenizer returns no tokens for a word", ascii(silent))

@@ -75,8 +75,8 @@ def test_no_pad_token_is_added(llama: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [
     ("smollm", "did you mean 'smollm2'"), ("MiniLM", "did you mean 'minilm'"),
-    ("./nowhere", "no such file or folder"), ("nowhere.gguf", "no such file or folder"),
-    ("a/b/c", "no such file or folder"),
+    ("./nowhere", "file or folder not found"), ("nowhere.gguf", "file or folder not found"),
+    ("a/b/c", "file or folder not found"),
 ])
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(BaseError, match=message):
@@ -166,13 +166,13 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_remote_code_is_off(llama: Path) -> None:
     edit(llama / "config.json", model_type="homemade", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
-    with pytest.raises(BaseError, match="remote code is off"):
+    with pytest.raises(BaseError, match="trust_remote_code is false"):
         load_model(base(llama))
 
 
 def test_unknown_architecture(llama: Path) -> None:
     edit(llama / "config.json", model_type="homemade")
-    with pytest.raises(BaseError, match="knows no model type 'homemade'"):
+    with pytest.raises(BaseError, match="does not support the model type 'homemade'"):
         load_model(base(llama))
 
 

@@ -324,7 +324,7 @@ def test_a_body_that_is_no_json_is_refused(server: Server) -> None:
     with pytest.raises(HTTPError) as caught:
         urlopen(Call(f"{server.url}/chat/completions", b"{"))
     assert caught.value.code == 400
-    assert "no JSON" in json.load(caught.value)["error"]["message"]
+    assert "not JSON" in json.load(caught.value)["error"]["message"]
 
 
 def test_a_taken_port_is_refused_before_anything_is_loaded() -> None:
@@ -336,7 +336,7 @@ def test_a_taken_port_is_refused_before_anything_is_loaded() -> None:
 
 
 def test_whole_models_and_other_bases_are_not_served_together(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="by itself"):
+    with pytest.raises(RecipeError, match="serve it separately"):
         load_served_models({"law": server.path / "law", "whole": server.path / "base"})
     with pytest.raises(RecipeError, match="nothing to serve"):
         load_served_models({})

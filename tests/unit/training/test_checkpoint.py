@@ -154,7 +154,7 @@ def test_nothing_whole_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["save_file", "fsync", "rename", "write_text"])
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "write permission"),
+@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "free disk space"), (errno.EACCES, "write permission"),
                                              (errno.EIO, "check that disk")])
 def test_a_refusing_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               place: str, code: int, words: str) -> None:

@@ -1,8 +1,8 @@
-"""Answers that someone compared or judged, out of rows: pairs, rankings, transcripts, choices, verdicts.
+"""Converts rows with preferences: pairs, rankings, transcripts, choices, unpaired preferences.
 
 Read `data/formats/text.py` first.
 
-Answers are put best first. Ranks must run without ties or gaps, and answers must differ and say something.
+Answers are sorted with the best first. Ranks must have no ties and no gaps. Answers must differ and must not be empty.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TURN_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def convert_pair(values: Values, origin: Origin) -> Example:
-    """A prompt with a better and a worse answer; whole conversations in place of answers are cut where they part."""
+    """A prompt with a preferred and a rejected answer; whole conversations are split after their common turns."""
     chosen, rejected = _read_answer(values["chosen"], "chosen"), _read_answer(values["rejected"], "rejected")
     if isinstance(chosen, tuple) and chosen[0].role != "assistant":
         return _split_common_prompt(chosen, rejected, values, origin)
@@ -42,7 +42,7 @@ def convert_pair(values: Values, origin: Origin) -> Example:
 
 
 def convert_implicit_prompt(values: Values, origin: Origin) -> Example:
-    """Two whole conversations, as turns or as text with "Human:" and "Assistant:"; what they share is the prompt."""
+    """Two whole conversations, as turns or as text with "Human:" and "Assistant:"; their common part is the prompt."""
     return _split_common_prompt(_read_transcript(values["chosen"], "chosen"),
                                 _read_transcript(values["rejected"], "rejected"), values, origin)
 
@@ -54,7 +54,7 @@ def convert_sharegpt_pair(values: Values, origin: Origin) -> Example:
 
 
 def convert_rejected_response(values: Values, origin: Origin) -> Example:
-    """A chat whose last turn is the better answer, and the worse one beside it."""
+    """A chat whose last turn is the preferred answer, and a rejected answer."""
     prompt, answer = _split_last_turn(values)
     return _build_preference(prompt, (answer, _read_answer(values["rejected_response"], "rejected_response")), (0, 1),
                              values,
@@ -64,13 +64,13 @@ def convert_rejected_response(values: Values, origin: Origin) -> Example:
 def convert_openai_pair(values: Values, origin: Origin) -> Example:
     asked = parse_json(values["input"], "input")
     if not isinstance(asked, dict) or "messages" not in asked:
-        raise InvalidRowError("input holds no messages")
+        raise InvalidRowError("input has no messages")
     answers = tuple(_read_answer(values[column], column) for column in ("preferred_output", "non_preferred_output"))
     return _build_preference(tuple(read_turns(asked["messages"], "input.messages")), answers, (0, 1), values, origin)
 
 
 def convert_ranking(values: Values, origin: Origin) -> Example:
-    """Answers in order, best first, or each with its `rank`, where 0 or 1 is best."""
+    """Answers with the best first, or each with its `rank`, where 0 or 1 is the best."""
     answers = read_list(values, "answers")
     ranked = [isinstance(answer, dict) and answer.get("rank") is not None for answer in answers]
     if any(ranked) and not all(ranked):
@@ -84,11 +84,11 @@ def convert_ranking(values: Values, origin: Origin) -> Example:
 
 
 def convert_choices(values: Values, origin: Origin, numbering: Callable[[], Numbering] | None = None) -> Example:
-    """A question, its choices, and which is right (see `answer_choices.py`), which has rank 0, all others 1. Choices
-    may lie in an object, `text` with a `label` each.
+    """A question with its choices. The correct choice (see `answer_choices.py`) has rank 0, all others 1. Choices may
+    be an object with `text` and `label`.
 
     Args:
-        numbering: how the answers of the source number the choices; None: as this row alone shows it.
+        numbering: whether indices in the source start at 0 or at 1; None: read from this row alone.
     """
     asked = Choices.of(values)
     place = asked.place(numbering or (lambda: find_numbering([values])))
@@ -140,12 +140,12 @@ def _read_answer(raw: Any, column: str) -> Words:
 
 
 def _split_last_turn(values: Values) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A chat as what was asked, and its last turn."""
+    """Splits a chat into the prompt and its last turn."""
     said = read_turns(values["messages"], "messages")
     if said[-1].role != "assistant":
-        raise InvalidRowError("the last turn is not the assistant's")
+        raise InvalidRowError("the last turn is not an assistant turn")
     if len(said) < 2:
-        raise InvalidRowError("nothing was asked")
+        raise InvalidRowError("there is no prompt before the answer")
     prompt = _add_system(tuple(said[:-1]), values)
     assert isinstance(prompt, tuple)
     return prompt, (said[-1],)
@@ -156,9 +156,9 @@ def _read_transcript(raw: Any, column: str) -> tuple[Message, ...]:
         return tuple(read_turns(raw, column))
     opening, *rest = TURN_MARK.split(raw)
     if opening.strip() or not rest:
-        raise InvalidRowError(f"{column} is no transcript",
-                              'without a `prompt`, it holds turns of "Human:" and "Assistant:" with blank lines '
-                              'between')
+        raise InvalidRowError(f"{column} is not a transcript",
+                              'without a `prompt`, it must contain turns of "Human:" and "Assistant:", separated by '
+                              'blank lines')
     said = []
     for speaker, spoken in zip(rest[::2], rest[1::2], strict=True):
         if not spoken.strip():
@@ -168,9 +168,9 @@ def _read_transcript(raw: Any, column: str) -> tuple[Message, ...]:
 
 
 def _split_common_prompt(chosen: Words, rejected: Words, values: Values, origin: Origin) -> PreferenceExample:
-    """Two conversations as what they share and how each goes on, at least with its last turn."""
+    """Splits two conversations into their common turns and the rest of each, at least its last turn."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise InvalidRowError("one answer is turns, the other a string")
+        raise InvalidRowError("one answer is a list of turns, the other a string")
     if chosen == rejected:
         raise InvalidRowError("chosen and rejected are the same")
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False)))
@@ -182,10 +182,10 @@ def _build_preference(prompt: Words, answers: tuple[Words, ...], ranks: Sequence
                       origin: Origin) -> PreferenceExample:
     prompt, said = _unify_types(prompt, answers)
     if len(said) < 2:
-        raise InvalidRowError("one answer alone cannot be compared")
+        raise InvalidRowError("a single answer cannot be compared")
     for answer in said:
         if not isinstance(answer, str) and answer[-1].role != "assistant":
-            raise InvalidRowError("an answer does not end with the assistant's turn")
+            raise InvalidRowError("an answer does not end with an assistant turn")
     order = sorted(range(len(said)), key=lambda i: ranks[i])
     for a, b in combinations(range(len(said)), 2):
         if _get_plain_text(said[a]) == _get_plain_text(said[b]):
@@ -211,7 +211,7 @@ def _get_plain_text(answer: Words) -> Any:
 
 
 def _unify_types(prompt: Words, answers: tuple[Words, ...]) -> tuple[Words, tuple[Words, ...]]:
-    """All strings, or all turns where any of them is."""
+    """All answers as strings, or all as turns if any of them is a list of turns."""
     if all(isinstance(part, str) for part in (prompt, *answers)):
         return prompt, answers
     asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt

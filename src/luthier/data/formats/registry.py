@@ -1,10 +1,12 @@
-"""Rows to examples: which columns mean what. Read `sources.py` first, then `data/formats/text.py`.
+"""The formats: which columns they need, and how they convert rows to examples. Read `sources.py` first, then
+`data/formats/text.py`.
 
-The format of a file is the first of `FORMATS` that the objective can read and whose required columns a row has. Rows of
-the same file that do not fit are refused, each with its reason. Where nothing fits, one `DataError` names the columns
-found and the remedy.
+The format of a file is the first of `FORMATS` that the objective can read and whose required columns a row has. Rows
+of the
+same file that do not match are rejected with a reason. If no format matches, a `DataError` names the columns and a
+remedy.
 
-All but prompts also take a `weight` column: the weight of the whole row.
+All formats except prompts have an optional column `weight`: the weight of the whole row.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow, Row
 
 Columns = Mapping[str, str | int]
-PATIENCE = 100  # rows that fit no format before the whole file is given up
-INSIDE = 4  # columns: a file with fewer and a list of objects among them is a wrapping around its rows
+PATIENCE = 100  # rows without a matching format after which the file is an error
+INSIDE = 4  # a file with fewer columns, one of them a list of objects, probably wraps its rows in that list
 PAIR = ("chosen", "rejected")
-OPTIONAL_COLUMNS = ("system", "tools", "margin", "weight")  # of answers that are compared
+OPTIONAL_COLUMNS = ("system", "tools", "margin", "weight")  # formats with compared answers
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write examples as rows: its columns, and how a row becomes an example.
+    """A row format: its columns, and the function that converts a row to an example.
 
     Args:
-        kinds: the types of example that it gives, by name.
-        also: other names that a column is found under.
-        unless: columns that together say that the row means something else.
+        kinds: names of the example types that it returns.
+        also: alternative names of columns.
+        unless: columns that together exclude this format.
     """
 
     required: tuple[str, ...]
@@ -45,13 +47,13 @@ class Format:
     unless: tuple[str, ...] = ()
 
     def fits(self, values: Mapping[str, Any]) -> bool:
-        """Whether all that it requires has a value."""
+        """Whether all required columns have a value."""
         mine = self.named(values)
         return (all(mine.get(column) is not None for column in self.required)
                 and not (self.unless and all(values.get(column) is not None for column in self.unless)))
 
     def named(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row under the names that `convert` knows."""
+        """The row with standard column names, as `convert` expects them."""
         found = {ours: theirs for ours, names in self.also.items() if values.get(ours) is None
                  for theirs in names if values.get(theirs) is not None}
         moved = set(found.values())
@@ -67,7 +69,7 @@ FormatName = Literal[
     "pair", "sharegpt_pair", "rejected_response", "openai_pair", "implicit_prompt_preference", "ranking", "choices",
     "unpaired_preference", "unpaired_preference_chat", "score", "triplet", "label", "label_pair", "tags", "image",
     "messages", "sharegpt", "alpaca", "completion", "prompt", "text"]
-FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` and `prompt` is of the first
+FORMATS: dict[str, Format] = {  # in order of precedence: a row that matches several formats has the first of them
     "sharegpt_pair": Format(("conversations", *PAIR), OPTIONAL_COLUMNS, _name_types("Preference"),
                             preferences.convert_sharegpt_pair),
     "pair": Format(("prompt", *PAIR), OPTIONAL_COLUMNS, _name_types("Preference"), preferences.convert_pair),
@@ -114,12 +116,12 @@ COLUMNS = frozenset(column for known in FORMATS.values()
 
 @dataclass(frozen=True)
 class RowReader:
-    """Which kinds of example are wanted, and by whom others would be.
+    """Which types of examples an objective reads, and which types other objectives read.
 
     Args:
-        kinds: names of types of example; None for any.
-        others: for each objective, the kinds that it reads; for the remedy alone.
-        numbering: how the answers of the source number choices; None: as each row alone shows it.
+        kinds: names of example types; None: any.
+        others: for each objective, the example types that it reads; used only in remedies.
+        numbering: whether answer indices in the source start at 0 or at 1; None: read from each row alone.
     """
 
     kinds: frozenset[str] | None = None
@@ -127,7 +129,7 @@ class RowReader:
     numbering: Callable[[], Numbering] | None = None
 
     def formats(self) -> dict[str, bool]:
-        """The formats it can read, in the order to try them, and whether what they give is turned into a prompt."""
+        """The formats that it can read, in order, and whether their examples are converted to prompts."""
         direct = {name: False for name, known in FORMATS.items() if self.kinds is None or known.kinds & self.kinds}
         if self.kinds is None or "PromptExample" not in self.kinds:
             return direct
@@ -141,7 +143,7 @@ class RowReader:
         missing = [column for column in known.required if named.get(column) is None]
         if missing:
             needed = ", ".join(known.required)
-            return RejectedRow(origin, f"no {missing[0]}", f"the file's format is {format}, which needs {needed}")
+            return RejectedRow(origin, f"no {missing[0]}", f"the format of the file is {format}, which needs {needed}")
         try:
             example = (preferences.convert_choices(named, origin, self.numbering) if format == "choices"
                        else known.convert(named, origin))
@@ -158,7 +160,7 @@ ANY = RowReader()
 
 def read_examples(rows: Iterable[Row | RejectedRow], format: str = "auto", columns: Columns | None = None,
                   reader: RowReader = ANY) -> Iterator[Example | RejectedRow]:
-    """One example or refusal for each row of one file. Raises `DataError` where the columns fit no format, or none
+    """One example or rejected row for each row of a file. Raises `DataError` if the columns match no format, or none
     that `reader` reads."""
     columns = columns or {}
     readable = reader.formats()
@@ -191,14 +193,14 @@ def detect_format(values: Mapping[str, Any], among: Iterable[str]) -> str | None
 
 
 def find_source_numbering(rows: Iterable[Row | RejectedRow], columns: Columns) -> Numbering:
-    """How the answers of a source number choices, as all of its rows together show it."""
+    """Finds from all rows of a source whether answer indices start at 0 or at 1."""
     known = FORMATS["choices"]
     renamed = (_rename_columns(row.values, columns) for row in rows if isinstance(row, Row))
     return find_numbering(known.named(values) for values in renamed if known.fits(values))
 
 
 def _rename_columns(values: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
-    """The row under standard names. A column that `columns` claims is not also found under its own name."""
+    """The row with standard column names. A column that `columns` maps is not also available under its own name."""
     if not columns:
         return values
     claimed = {str(theirs) for theirs in columns.values()}
@@ -213,26 +215,27 @@ def _build_unreadable_error(where: str, format: str, reader: RowReader) -> DataE
     return DataError(f"{where}: rows with {', '.join(known.required)} are of the format {format!r} "
                      f"({', '.join(sorted(known.kinds))}), and the objective reads {wanted}",
                      (f"choose an objective that reads them: {', '.join(able)}; or " if able else "")
-                     + "name the columns that you want with `columns:`")
+                     + "map the columns with `columns:`")
 
 
 def _build_no_format_error(row: Row, columns: Columns, readable: Iterable[str]) -> DataError:
     there = [name[:40] for name in row.values]
     wrong = [str(theirs) for theirs in columns.values() if str(theirs) not in row.values]
     if wrong:
-        return DataError(f"{row.origin}: `columns` names {wrong[0]!r}, which the file has not",
+        return DataError(f"{row.origin}: `columns` names {wrong[0]!r}, which is not a column of the file",
                          suggest_nearest(wrong[0], there))
     known = "; ".join(f"{name} ({', '.join(FORMATS[name].required)})" for name in readable)
     inside = next((name for name, value in row.values.items() if isinstance(value, list) and value
                    and all(isinstance(item, dict) for item in value)), None)
-    return DataError(f"{row.origin}: the columns {', '.join(map(repr, there))} fit no known format: {known}",
-                     f"the rows seem to lie within {inside!r}: give that list as a file of its own" if inside
+    return DataError(f"{row.origin}: the columns {', '.join(map(repr, there))} match no known format: {known}",
+                     f"the rows seem to be inside the column {inside!r}: write that list to a separate file" if inside
                      and len(there) < INSIDE else
-                     f"say which column is which, as in `columns: {_guess_columns(list(row.values), readable)}`")
+                     f"map the columns, as in `columns: {_guess_columns(list(row.values), readable)}`")
 
 
 def _guess_columns(there: Sequence[str], readable: Iterable[str]) -> str:
-    """Columns for the remedy: those that differ from a format's only by case and outer space, else an example."""
+    """A `columns` mapping for the remedy: columns that differ from a format's only by case and outer spaces, else an
+    example."""
     plain = {name.strip().lower(): name for name in there}
     for format in readable:
         if all(column in plain for column in FORMATS[format].required):

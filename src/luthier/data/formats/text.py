@@ -1,4 +1,4 @@
-"""Chats, completions and documents out of rows. Read `row_values.py` first."""
+"""Converts rows with chats, completions and documents. Read `row_values.py` first."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from luthier.data.row_values import (
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "model": "assistant",
          "observation": "tool", "function_response": "tool", "function_call": "function_call", "system": "system",
          "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool", "developer": "developer"}
-SYSTEM = ("system", "developer")  # roles of what stands above the user
+SYSTEM = ("system", "developer")  # roles above the user
 READ = ("role", "from", "content", "value", "weight", "train", "function_call", "reasoning_content", "reasoning",
-        "thinking")  # keys that `turn` reads itself
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of one and the same
+        "thinking")  # keys that `read_turn` reads
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names for reasoning
 
 
 def read_turn(raw: Any) -> Message:
@@ -50,18 +50,18 @@ def read_turn(raw: Any) -> Message:
         extra["tool_calls"] = calls
     said = _read_content(content)
     if role == "assistant" and not said.strip() and not {"tool_calls", "reasoning_content"} & extra.keys():
-        raise InvalidRowError("an assistant's turn is empty")
+        raise InvalidRowError("an assistant turn is empty")
     return Message(role, said, _read_turn_weight(raw), extra)
 
 
 def _read_reasoning(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn's thoughts under the name that chat templates know."""
+    """A turn's reasoning under the name that chat templates use."""
     found = {str(raw[key]): raw[key] for key in THOUGHTS if raw.get(key) not in (None, "", [], {})}
     if len(found) > 1:
-        raise InvalidRowError("a turn has two different thoughts", ", ".join(key for key in THOUGHTS if raw.get(key)))
+        raise InvalidRowError("a turn has two reasoning texts", ", ".join(key for key in THOUGHTS if raw.get(key)))
     thought = next(iter(found.values()), None)
     if thought is not None and not isinstance(thought, str):
-        raise InvalidRowError("a turn's thoughts are not text", f"they are {type(thought).__name__}")
+        raise InvalidRowError("the reasoning of a turn is not a string", f"they are {type(thought).__name__}")
     return {} if thought is None else {"reasoning_content": thought}
 
 
@@ -69,27 +69,27 @@ def _read_turn_weight(turn: Mapping[str, Any]) -> float | None:
     train = turn.get("train")
     if turn.get("weight") is None and train is not None:
         if not isinstance(train, bool):
-            raise InvalidRowError("train is neither true nor false", repr(train))
+            raise InvalidRowError("train is not true or false", repr(train))
         return float(train)
     return read_weight(turn.get("weight"))
 
 
 def _read_content(content: Any) -> str:
-    """A turn's words; OpenAI's list of text parts is joined."""
+    """A turn's content; OpenAI's list of text parts is joined."""
     if content is None:
         return ""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
-            raise InvalidRowError("a turn holds something other than text")
+            raise InvalidRowError("a turn has a part that is not text")
         return "".join(map(str, parts))
     if not isinstance(content, str):
-        raise InvalidRowError("a turn's content is not text", f"it is {type(content).__name__}")
+        raise InvalidRowError("the content of a turn is not a string", f"it is {type(content).__name__}")
     return content
 
 
 def _read_tool_calls(raw: Any) -> list[dict[str, Any]]:
-    """Function calls as `{"type": "function", "function": {"name", "arguments"}}`, arguments structured."""
+    """Function calls as `{"type": "function", "function": {"name", "arguments"}}`, arguments parsed from JSON."""
     calls = []
     for call in raw if isinstance(raw, list) else [raw]:
         inner = call.get("function", call) if isinstance(call, dict) else None
@@ -117,7 +117,7 @@ def build_chat(messages: Sequence[Message], values: Values, origin: Origin) -> C
     if system.strip() and messages[0].role not in SYSTEM:
         messages = [Message("system", system), *messages]
     if not any(message.role == "assistant" for message in messages):
-        raise InvalidRowError("no assistant's turn")
+        raise InvalidRowError("no assistant turn")
     return ChatExample(tuple(messages), origin, read_row_weight(values), read_tools(values))
 
 
@@ -148,8 +148,8 @@ def convert_alpaca(values: Values, origin: Origin) -> Example:
 
 
 def convert_completion(values: Values, origin: Origin) -> Example:
-    """Two strings, or turns on either side; of turns only the completion's are trained. A system prompt or tools make
-    turns of strings: joined bare there is no place for them."""
+    """A prompt and a completion, each a string or a list of turns; of turns, only those of the completion are trained.
+    With a system prompt or tools, strings are converted to turns, because plain text has no place for these."""
     prompt, completion = values["prompt"], values["completion"]
     beside = bool(read_string(values, "system", "").strip()) or bool(read_tools(values))
     if not beside and not isinstance(prompt, list) and not isinstance(completion, list):

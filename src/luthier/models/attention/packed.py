@@ -32,7 +32,7 @@ from luthier.core.types import SegmentTree, to_device
 
 NAME = "luthier"
 CHAIN_LENGTH = 96  # tokens; see `_split_long_segments`
-# what some models hand to attention besides
+# further arguments that some models pass to attention
 UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 MIN_FLEX_HEAD_DIM = 16  # heads that flex attention knows
 KeyValue = tuple[Tensor, Tensor]  # keys and values

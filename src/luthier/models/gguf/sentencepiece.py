@@ -56,7 +56,7 @@ def write_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], s
     for token in added:
         if token["content"] == model.get("unk_token"):
             kinds[token["id"]] = int(gguf.TokenType.UNKNOWN)
-        elif SPACE in token["content"] and not token["special"]:  # else it is shown as it stands
+        elif SPACE in token["content"] and not token["special"]:  # otherwise it is shown unchanged
             kinds[token["id"]] = int(gguf.TokenType.NORMAL)
     added_texts = {token["content"] for token in added if SPACE not in token["content"]}
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece

@@ -25,7 +25,7 @@ def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str
     last = max([*vocabulary.values(), *(token["id"] for token in added)])
     if last >= size:
         raise BaseError(f"the tokenizer has a token {last}, and the base an embedding of {size} rows",
-                        "give the base its own tokenizer")
+                        "use the tokenizer that belongs to the base")
     for word, i in vocabulary.items():
         words[i], kinds[i] = word, int(gguf.TokenType.NORMAL)
     for token in added:

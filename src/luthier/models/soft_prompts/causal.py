@@ -86,8 +86,8 @@ class InjectedKeyValues:
 
     Args:
         pairs: keys and values, [G, N, d] each, by the module that they are for: all the different ones.
-        whose: for each segment or row which of them it sees, -1 for none; empty: the first, all of them.
-        own: [B, L] where each own token went.
+        whose: for each segment or row, the index of its pair; -1: none; empty: all use the first.
+        own: [B, L] the new index of each original token.
     """
 
     def __init__(self, pairs: dict[nn.Module, list[KeyValue]], assignment: tuple[int, ...] = (),
@@ -108,7 +108,7 @@ class RecordingComplete(Exception):
 
 
 class KeyValueRecorder:
-    """Travels like `InjectedKeyValues`, and keeps the keys and values that it meets."""
+    """Is passed like `InjectedKeyValues`, and records the keys and values of each attention."""
 
     def __init__(self, max_modules: int | None = None) -> None:
         self.max_modules = max_modules
@@ -154,8 +154,8 @@ class CausalInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed "
-                            "through it",
+            raise BaseError(f"{type(self._backbone).__name__} accepts no keyword arguments for its attention, so a "
+                            f"prefix is not supported",
                             "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._modules = list(self._record_keys_values([0]).recorded)

@@ -1,4 +1,4 @@
-"""Injections of virtual tokens, and which of them apply to which segment or row. Read `core/protocols.py` (Scope) and
+"""Injections of virtual tokens, and which of them apply to which segment or row. Read `core/adapter_gate.py` and
 `core/soft_prompts.py` first; `soft_prompts/causal.py` uses it.
 
 An injection is the virtual tokens of one attached method. Every segment of a packed row, and every row of a batch, has

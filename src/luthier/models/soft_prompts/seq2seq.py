@@ -197,9 +197,9 @@ class Seq2SeqInjector:
 
     def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module,
                                                                                                             Tensor]:
-        """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
-        call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
-        Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
+        """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, where the
+        call has `width` tokens after `seen` earlier ones. T5's first block has the table for all layers. If a row has
+        padding on its left (`mask` [B, seen + width]), its tokens are nearer to the prefix."""
         within = [m for m in self._modules[stack] if stack is self._encoder or get_optional(m, "is_causal")]
         left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
         shifted = left is not None and bool(left.any())
@@ -219,8 +219,9 @@ class Seq2SeqInjector:
 
 
 def _index_padded(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] what stands where
-    (an index into the virtual tokens, and the own ones behind them), and the own token whose mask it has."""
+    """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] the source of each
+    position (an index into the virtual tokens followed by the row's own tokens), and the own token whose mask it
+    uses."""
     first = mask.ne(0).int().argmax(1, keepdim=True)
     at = torch.arange(mask.shape[1] + n, device=mask.device)
     virtual = (at >= first) & (at < first + n)

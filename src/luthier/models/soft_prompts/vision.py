@@ -81,8 +81,8 @@ class VisionInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed "
-                            "through it",
+            raise BaseError(f"{type(self._backbone).__name__} accepts no keyword arguments for its attention, so a "
+                            f"prefix is not supported",
                             "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
