@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.assembly.multi_adapter_loading import ServedModels
 from luthier.core.errors import LuthierError, RecipeError
+from luthier.core.protocols import SamplingParams
 from luthier.serving.engine import InferenceEngine, Request, TokenDelta
 from luthier.serving.openai_protocol import (
     CompletionRequest,
@@ -76,8 +77,10 @@ class OpenAIServing:
                 raise RecipeError(f"a prompt of {len(prompt)} tokens, and this model reads 1 to {limit - 1}, with "
                                   "room for an answer", "send another prompt")
         stop = (parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop or ())
-        first = Request((), adapter, parsed.max_completion_tokens or parsed.max_tokens or DEFAULT_MAX_TOKENS,
-                        parsed.temperature, parsed.top_p, parsed.seed, uuid.uuid4().hex, tuple(s for s in stop if s))
+        sampling = SamplingParams(parsed.max_completion_tokens or parsed.max_tokens or DEFAULT_MAX_TOKENS,
+                                  parsed.temperature, parsed.top_p,
+                                  seed=secrets.randbits(32) if parsed.seed is None else parsed.seed)
+        first = Request((), adapter, sampling, tuple(s for s in stop if s))
         repeated = [prompt for prompt in prompts for _ in range(parsed.n)]
         return parsed, [replace(first, prompt=prompt, index=index) for index, prompt in enumerate(repeated)]
 

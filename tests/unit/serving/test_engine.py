@@ -21,11 +21,13 @@ def decode(ids: Sequence[int], **_: Any) -> str:
 def run_request(text: str, most: int = 100, stop: tuple[str, ...] = (), ended: bool = True) -> tuple[str, list[TokenDelta]]:
     """The output of a request for which the model generates this text byte by byte, then the stop token."""
     deltas: list[TokenDelta] = []
-    request = Request((1,), max_new_tokens=most, stop=stop)
+    request = Request((1,), stop=stop)
     request.on_output = deltas.append
     running = _RunningRequest(request, decode)
-    for token in text.encode():
+    for number, token in enumerate(text.encode(), 1):
         running.push(token)
+        if number == most:  # the engine of the model ends it there
+            running.finish("length")
     if ended:
         running.push(None)
     assert [bool(delta.finish_reason) for delta in deltas] == [False] * (len(deltas) - 1) + [running.is_finished] if deltas else True
@@ -75,7 +77,7 @@ def test_a_character_is_emitted_once_all_its_bytes_are_there() -> None:
 
 def test_a_cancelled_request_emits_nothing_more() -> None:
     deltas: list[TokenDelta] = []
-    request = Request((1,), max_new_tokens=9)
+    request = Request((1,))
     request.on_output = deltas.append
     running = _RunningRequest(request, decode)
     running.push(97)
@@ -92,19 +94,6 @@ def test_a_prompt_counts_once_for_all_its_completions(n: int) -> None:
     last = [TokenDelta("", tokens=7 + i) for i in range(2 * n)]
     written = sum(7 + i for i in range(2 * n))
     assert count_usage(body, requests, last) == {"prompt_tokens": 5, "completion_tokens": written, "total_tokens": 5 + written}
-
-
-def test_requests_with_the_same_sampling_share_a_batch() -> None:
-    one = Request((1,), temperature=1.0, top_p=0.9)
-    same = (Request((2, 3), "law", 5, 1.0, 0.9), Request((1,), temperature=1.0, top_p=0.9, stop=("x",)))
-    other = (Request((1,), temperature=0.5, top_p=0.9), Request((1,), temperature=1.0, top_p=0.8),
-             Request((1,), temperature=1.0, top_p=0.9, seed=1))
-    assert all(one.can_share_batch(each) for each in same)
-    assert not any(one.can_share_batch(each) for each in other)
-    seeded = Request((1,), seed=1, group="a")
-    assert seeded.can_share_batch(Request((2,), seed=1, group="a"))
-    assert not seeded.can_share_batch(Request((2,), seed=1, group="b"))
-    assert not seeded.can_share_batch(Request((2,), seed=2, group="a"))
 
 
 def test_the_constructor_starts_no_thread() -> None:
