@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
@@ -131,20 +137,26 @@ def test_stream_gives_the_tokens_of_generate(temperature: float, layout: Layout)
     assert not torch.is_inference_mode_enabled(), "between two tokens the caller is in his own mode"
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6),
-                                                             (1.5, 8, 0.8), (1.0, 0, 1e-9), (1.0, 100, 0.9)])
-def test_choices_follow_the_distribution_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
-    logits = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p", "vocabulary"), [
+    (1.0, 0, 1.0, 0.0, 16), (0.7, 0, 1.0, 0.0, 16), (1.0, 5, 1.0, 0.0, 16), (1.0, 0, 0.6, 0.0, 16), (1.5, 8, 0.8, 0.0, 16),
+    (1.0, 0, 1e-9, 0.0, 16), (1.0, 100, 0.9, 0.0, 16), (1.0, 0, 1.0, 0.2, 16), (1.0, 0, 0.8, 0.1, 16),
+    (2.0, 0, 0.9, 0.0, 600), (0.5, 0, 0.5, 0.0, 600)])  # a nucleus of more tokens than are selected at first, and a small one
+def test_choices_follow_the_distribution_of_transformers(temperature: float, top_k: int, top_p: float, min_p: float,
+                                                         vocabulary: int) -> None:
+    logits = torch.randn(1, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     expected = warpers(None, logits).softmax(-1)[0]
     throws = 20000
     dice = [(i + 0.5) / throws for i in range(throws)]  # evenly, so that frequencies are exact to one throw
-    picked = sample_tokens(logits.expand(throws, -1), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p), dice)
-    shares = torch.bincount(picked, minlength=16) / throws
+    picked = sample_tokens(logits.expand(throws, -1), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p,
+                                                                        min_p=min_p), dice)
+    shares = torch.bincount(picked, minlength=vocabulary) / throws
     assert torch.allclose(shares.double(), expected, atol=2 / throws)
     assert (shares[expected == 0] == 0).all()
 

@@ -149,8 +149,7 @@ def _limit(key: Tensor, value: Tensor, queries: int, fixed: int,
                       for x in (key, value))
         return key, value, None
     mask = causal_mask(queries, length, window, key.device)
-    if mask is None:  # all of them are new
-        mask = torch.ones(queries, length, dtype=torch.bool, device=key.device).tril()
+    assert mask is not None, "a buffer holds at least one token before it is extended"
     return key, value, F.pad(mask, (fixed, 0), value=True)
 
 
