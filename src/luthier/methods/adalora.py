@@ -309,7 +309,7 @@ class AdaLora(MergeableMethod):
             self._prune(budget, sound)
         if budget is not None or step > last:
             for layer in self.layers:
-                # [R, 1] Adam's momentum alone would move a pruned entry away from zero.
+                # [R, 1] The optimizer's step has moved pruned entries away from zero.
                 layer.e.masked_fill_((~layer.kept & sound)[:, None], 0)
 
     def _prune(self, budget: int, sound: Tensor) -> None:

@@ -17,7 +17,8 @@ Learning rate 5e-4: B starts at zero, so the product B A changes slowly, and LoR
 fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 reduced the perplexity from 94
 to 4.95, 1.66 and 1.47. Small models (below a billion parameters) work with 1e-3 and more, large ones often with 2e-4.
 
-Shape letters: R rank, `in` and `out` the features of a linear map, `...` any leading dimensions.
+Shape letters: R rank (of PiSSA's joined factors 2 R), `in` and `out` the features of a linear map, `...` any leading
+dimensions.
 """
 
 from __future__ import annotations

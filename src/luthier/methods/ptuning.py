@@ -83,6 +83,7 @@ class PromptEncoder(nn.Module):
         tokens, width = shape
         self.embedding = nn.Embedding(tokens, width)  # z, [N, D]
         if kind == "lstm":
+            # [1, N, D] -> [1, N, 2 E]: one half for each direction.
             self.lstm_head = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
         else:

@@ -189,6 +189,7 @@ def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limit
             return
         kept_rows = None
         if len(remaining) <= COMPACTION_THRESHOLD * len(rows):
+            # [rows that stay]
             kept_rows = torch.tensor([i for i, index in enumerate(rows) if index in remaining], device=logits.device)
             rows = [index for index in rows if index in remaining]
         batch.append(next_tokens, kept_rows)
@@ -201,8 +202,8 @@ class CausalDecodeBatch:
                  prompts: Sequence[Sequence[int]]) -> None:
         assert not model.training, "dropout would change the outputs: call model.eval() first"
         self.model = model
-        self.tokens, self.mask = pad_left(prompts, pad, device)
-        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.tokens, self.mask = pad_left(prompts, pad, device)  # [B, L] each
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # [B, L] padding has position 0
         # [B, 1] last position
         self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
         described: Any = model.config
@@ -210,7 +211,7 @@ class CausalDecodeBatch:
 
     def logits(self) -> Tensor:
         outputs: Tensor = self.model(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions,
-                                   past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                                   past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [B, V]
         return outputs
 
     def append(self, next_tokens: Tensor, kept_rows: Tensor | None) -> None:
@@ -218,10 +219,10 @@ class CausalDecodeBatch:
             self.cache.batch_select_indices(kept_rows)
             next_tokens, self.mask = next_tokens[kept_rows], self.mask[kept_rows]
             self.positions, self.last = self.positions[kept_rows], self.last[kept_rows]
-        self.tokens = next_tokens[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(next_tokens), 1)], dim=1)
+        self.tokens = next_tokens[:, None]  # [B, 1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(next_tokens), 1)], dim=1)  # [B, L + 1]
         # Only a finished row that has not been removed yet can reach the end of the context.
-        self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last)
+        self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last)  # [B, 1]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -243,20 +244,22 @@ def sample_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Sequence[f
         uniforms: [B] a uniform random number for each row.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)  # [B]
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS does not support float64
-    logits = logits.to(wide) / sampling.temperature
+    logits = logits.to(wide) / sampling.temperature  # [B, V] in float64: V probabilities are summed below
     order = None
     if sampling.top_k:
-        logits, order = logits.topk(min(sampling.top_k, logits.shape[-1]))
+        logits, order = logits.topk(min(sampling.top_k, logits.shape[-1]))  # [B, top_k] each
     elif sampling.top_p < 1:
-        logits, order = logits.sort(descending=True)
-    probabilities = logits.softmax(-1)
+        logits, order = logits.sort(descending=True)  # [B, V] each
+    probabilities = logits.softmax(-1)  # [B, V or top_k]
     if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
+        before = probabilities.cumsum(-1) - probabilities  # [B, V or top_k] mass of the more probable tokens
         before[:, 0] = 0  # exactly 0: rounding must never remove the most probable token
         probabilities = probabilities.where(before < sampling.top_p, 0)
     reached = probabilities.cumsum(-1)  # [B, V or top_k]
+    # [B, 1] Scaled by the mass that is left, in place of a second normalization.
     thrown = torch.tensor(uniforms, dtype=wide, device=logits.device)[:, None] * reached[:, -1:]
+    # [B, 1] Clamped: rounding can lead behind the last token.
     picked = torch.searchsorted(reached, thrown, right=True).clamp(max=logits.shape[-1] - 1)
-    return (picked if order is None else order.gather(-1, picked))[:, 0]
+    return (picked if order is None else order.gather(-1, picked))[:, 0]  # [B]
