@@ -170,6 +170,7 @@ def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limit
     with route(rows):
         batch = start_batch(list(prompts.values()))
     remaining = {index: limits[index] for index in rows}
+    # One generator for each output, so its numbers do not depend on the batch.
     uniforms = {index: Random(f"{sampling.seed} {sampling.first_prompt_index + index}") for index in rows}
     while True:
         with route(rows):  # not around a `yield`: the consumer's code must run outside of it

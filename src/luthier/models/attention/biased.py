@@ -59,7 +59,7 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         own, back = key.shape[2], key.shape[2] - query.shape[2]
         # [Q, K] The queries are the last Q of K tokens: the others are in the cache.
         seen = torch.ones(query.shape[2], own, dtype=torch.bool, device=query.device).tril(back)
-    mask = _combine_mask_and_bias(seen, position_bias, before, query)  # [1 or B, 1 or H, Q, N + K]
+    mask = _combine_mask_and_bias(seen, position_bias, before, query)  # broadcasts to [B, H, Q, N + K]
     key, value = (torch.cat([b.to(x).expand(len(x), -1, -1, -1), x], 2)
                   for b, x in ((before.key, key), (before.value, value)))  # [B, H, N + K, d]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -38,7 +38,7 @@ class _FusedLogProbs(torch.autograd.Function):
                 temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         kind = states.device.type
         mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        # Autograd runs the backward pass without autocast, so it is entered again there.
+        # The backward pass is called outside of autocast, so it is entered again there.
         ctx.temperature, ctx.autocast = temperature, (kind, torch.get_autocast_dtype(kind) if mixed else None)
         wide = torch.promote_types(states.dtype, torch.float32)
         logps = torch.empty(states.shape[0], dtype=wide, device=states.device)  # [P]
@@ -98,8 +98,8 @@ def _recompute_gradients(states: Tensor, weight: Tensor, tokens: Tensor, grad: T
     for rows in _split_positions(states.shape[0], weight.shape[0], states.device):
         # [C, V]
         logits = _divide_by_temperature((states[rows] @ weight.T).to(grad.dtype), temperature)
-        logit_grads = logits.softmax(-1).mul_(-grad[rows, None])  # [C, V] - g p_v
-        logit_grads.scatter_add_(1, tokens[rows, None], grad[rows, None])  # + g at v = t
+        logit_grads = logits.softmax(-1).mul_(-grad[rows, None])  # [C, V] minus g p_v
+        logit_grads.scatter_add_(1, tokens[rows, None], grad[rows, None])  # plus g at v = t
         logit_grads = _divide_by_temperature(logit_grads, temperature).to(product_dtype)  # [C, V]
         if grad_states is not None:
             grad_states[rows] = logit_grads @ weight  # [C, D]
