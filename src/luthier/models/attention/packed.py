@@ -154,9 +154,8 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, segment_tree:
     outs = []
     for i, q in enumerate(queries):
         path = segment_tree.find_path(i)
-        # [1, G, tokens of the path, d]
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
-                                                           torch.cat([values[a] for a in path], 2))
+                                                           torch.cat([values[a] for a in path], 2))  # [1, G, path, d]
         mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
         own = None if before is None else before.get(i)
         if own is not None:
