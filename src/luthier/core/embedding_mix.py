@@ -31,5 +31,5 @@ class EmbeddingMix(DeviceMovable):
         shares: [T] float32, weight of each token's own embedding; that of `ids` has 1 - `shares`.
     """
 
-    ids: Tensor
-    shares: Tensor
+    ids: Tensor  # [T]
+    shares: Tensor  # [T]

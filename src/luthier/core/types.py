@@ -161,9 +161,9 @@ class SegmentTree:
         adapters: index of each segment's adapter, -1 for the base model; empty if no adapter is routed.
     """
 
-    lengths: tuple[int, ...]
-    parents: tuple[int, ...]
-    adapters: tuple[int, ...] = ()
+    lengths: tuple[int, ...]  # [S]
+    parents: tuple[int, ...]  # [S]
+    adapters: tuple[int, ...] = ()  # [S] or [0]
 
     def __post_init__(self) -> None:
         assert len(self.lengths) == len(self.parents)
@@ -235,20 +235,20 @@ class LossInputs(DeviceMovable):
         temperature: sampling temperature at which every log-probability is computed.
     """
 
-    state_index: Tensor
-    token_ids: Tensor
-    weights: Tensor
+    state_index: Tensor  # [P]
+    token_ids: Tensor  # [P]
+    weights: Tensor  # [P]
     num_examples: int
     num_bytes: int = 0
-    labeled_segments: Tensor = field(default_factory=_build_empty)
-    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
-    margins: Tensor = field(default_factory=lambda: torch.zeros(0))
-    groups: Tensor = field(default_factory=_build_empty)
-    item_of: Tensor = field(default_factory=_build_empty)
-    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
-    item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
-    soft_labels: Tensor = field(default_factory=lambda: torch.zeros(0))
-    text_ids: Tensor = field(default_factory=_build_empty)
+    labeled_segments: Tensor = field(default_factory=_build_empty)  # [A]
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0))  # [A] or [A, C]
+    margins: Tensor = field(default_factory=lambda: torch.zeros(0))  # [A]
+    groups: Tensor = field(default_factory=_build_empty)  # [A]
+    item_of: Tensor = field(default_factory=_build_empty)  # [P]
+    precomputed: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [P]
+    item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))  # [A] or [0]
+    soft_labels: Tensor = field(default_factory=lambda: torch.zeros(0))  # [A, C] or [0]
+    text_ids: Tensor = field(default_factory=_build_empty)  # [A] or [0]
     temperature: float = 1.0
 
     @staticmethod
@@ -262,9 +262,10 @@ class LossInputs(DeviceMovable):
             sum(t.num_bytes for t in targets),
             torch.cat([t.labeled_segments for t in targets]), torch.cat([t.labels for t in targets]),
             torch.cat([t.margins for t in targets]),
+            # [A] Every batch numbers its examples from 0.
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
-                       for t, start in zip(targets, items, strict=True)]),
+                       for t, start in zip(targets, items, strict=True)]),  # [P] -1 stays -1: no item
             {name: torch.cat([t.precomputed[name] for t in targets]) for name in targets[0].precomputed},
             torch.cat([t.item_weights for t in targets]), torch.cat([t.soft_labels for t in targets]),
             torch.cat([t.text_ids for t in targets]), targets[0].temperature)
@@ -302,15 +303,15 @@ class Outputs:
         scalars: name -> [], trained scalars of the objective, such as a temperature.
     """
 
-    token_logps: Tensor | None = None
-    token_hits: Tensor | None = None
-    token_entropies: Tensor | None = None
-    states: Tensor | None = None
-    token_scores: Tensor | None = None
-    pooled: Tensor | None = None
-    scores: Tensor | None = None
-    reference_logps: Tensor | None = None
-    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    token_logps: Tensor | None = None  # [P]
+    token_hits: Tensor | None = None  # [P]
+    token_entropies: Tensor | None = None  # [P]
+    states: Tensor | None = None  # [P, D]
+    token_scores: Tensor | None = None  # [P, C]
+    pooled: Tensor | None = None  # [A, D]
+    scores: Tensor | None = None  # [A, C]
+    reference_logps: Tensor | None = None  # [P]
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)  # name -> []
 
     def tensors(self) -> dict[str, Tensor]:
         """The computed fields, without the scalars."""
@@ -335,6 +336,6 @@ class Loss:
             waits for the device.
     """
 
-    total: Tensor
-    count: Tensor
+    total: Tensor  # []
+    count: Tensor  # []
     metrics: Mapping[str, tuple[Tensor, Tensor | float]]

@@ -28,7 +28,7 @@ def digest_example(example: TokenizedExample) -> bytes:
     """A digest (16 bytes) of what the example trains. Its origin and precomputed model outputs are not included."""
     found = hashlib.blake2b(digest_size=16)
     for span in example.spans:
-        found.update(array("q", (span.parent, len(span.ids))).tobytes())
+        found.update(array("q", (span.parent, len(span.ids))).tobytes())  # the length delimits what follows
         found.update(array("q", span.ids).tobytes())
         found.update(array("d", span.weights).tobytes())
         found.update(array("q", span.tags).tobytes())
@@ -89,12 +89,13 @@ class InMemoryBatchSource:
         rng = np.random.default_rng([self.seed, epoch])
         parts, start = [], 0
         for count, weight in self.mix:
-            own = np.arange(start, start + count)
+            own = np.arange(start, start + count)  # [count]
             whole = int(weight)
             extra = _count_repeats(count, weight) - whole * count
+            # A fraction of the source is drawn anew in every epoch; sorted, since it may not be shuffled.
             parts += [own] * whole + ([np.sort(rng.permutation(own)[:extra])] if extra else [])
             start += count
-        found = np.concatenate(parts)
+        found = np.concatenate(parts)  # [rows of an epoch]
         return rng.permutation(found) if self.shuffle else found
 
     def __iter__(self) -> Self:
@@ -110,7 +111,7 @@ class InMemoryBatchSource:
 
     @property
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        if self._kept[0] != self.epoch:
+        if self._kept[0] != self.epoch:  # one permutation per epoch, not per step
             self._kept = (self.epoch, self.order(self.epoch))
         return self._kept[1]
 

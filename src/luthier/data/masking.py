@@ -122,7 +122,7 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
     assert isinstance(example, TextExample), "masking applies to documents"
     told = tokenizer(example.text, return_special_tokens_mask=True, verbose=False)
     ids, marks = list(told["input_ids"]), [bool(mark) for mark in told["special_tokens_mask"]]
-    start = marks.index(False) if False in marks else len(ids)
+    start = marks.index(False) if False in marks else len(ids)  # the text, between its special tokens
     stop = len(marks) - marks[::-1].index(False) if start < len(ids) else start
     before, after = ids[:start], ids[stop:]
     if masking.how == "spans" and masking.end is not None and after[-1:] != [masking.end]:
@@ -135,7 +135,7 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
     if config.truncation == "truncate":
         length = min(length, limit)
     parts = max(1, math.ceil(length / max(1, limit)))
-    bounds = [start + length * i // parts for i in range(parts + 1)]
+    bounds = [start + length * i // parts for i in range(parts + 1)]  # parts differ by at most one token
     owners = told.word_ids() if masking.whole else []
     found = []
     for first, last in pairwise(bounds):
@@ -184,7 +184,7 @@ def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Gener
         if len(chosen) + len(word) <= wanted:
             chosen += word
     ids, tags = list(span.ids), [-1] * len(span.ids)
-    for place in sorted(chosen or order[0]):
+    for place in sorted(chosen or order[0]):  # in the order of the text, as the random numbers are drawn
         tags[place], die = ids[place], rng.random()
         if die < MASKED:
             ids[place] = masking.stand[0]
@@ -216,18 +216,20 @@ def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Genera
     likely."""
     masking, body = hidden.masking, [i for i, weight in enumerate(span.weights) if weight]
     tokens, count = _count_spans(len(body), masking)
+    # [spans - 1] The masked tokens as one sequence, cut at random places between two of them.
     cuts = np.sort(rng.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
-    lengths = np.diff([0, *cuts, tokens])
+    lengths = np.diff([0, *cuts, tokens])  # [spans] at least 1 each
     free = len(body) - tokens - (count - 1)  # visible tokens, beyond the one between any two spans
+    # [spans] Stars and bars: the free tokens are the stars, the spans are the bars.
     bars = np.sort(rng.choice(free + count, count, replace=False))
-    gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)
+    gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)  # [spans] visible tokens before each span
     ids = list(span.ids)
     source, answer, at = ids[:body[0]], ids[:body[0]], body[0]
     for sentinel, gap, length in zip(masking.stand, gaps.tolist(), lengths.tolist(), strict=False):
         source += [*ids[at:at + gap], sentinel]
         answer += [sentinel, *ids[at + gap:at + gap + length]]
         at += gap + length
-    source += ids[at:]
-    answer += [masking.stand[count], *ids[body[-1] + 1:]]
+    source += ids[at:]  # what follows the last span, with the end token
+    answer += [masking.stand[count], *ids[body[-1] + 1:]]  # T5 closes a target with one more sentinel
     weight = span.weights[body[0]]
     return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)

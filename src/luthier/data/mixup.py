@@ -48,7 +48,7 @@ def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int
         if len(examples) < 2:
             raise DataError("data.augment: mixup needs two rows, and there is one",
                             "give more rows, or omit mixup")
-        rng = np.random.default_rng([seed, row, number, 1])
+        rng = np.random.default_rng([seed, row, number, 1])  # one generator per row, so rows do not shift one another
         own = rng.random() < change.replace
         yield [_draw_pair(row, len(examples), change.alpha, rng) if place or own else None
                for place in range(1 + change.copies)]
@@ -56,6 +56,7 @@ def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int
 
 def _draw_pair(row: int, rows: int, alpha: float, rng: np.random.Generator) -> MixupDraw:
     """A random other row; the share in float32, as in a batch."""
+    # The offset is 1 to rows - 1, so a row is never mixed with itself.
     return MixupDraw(int((row + 1 + rng.integers(rows - 1)) % rows), float(np.float32(rng.beta(alpha, alpha))))
 
 
@@ -77,6 +78,7 @@ def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
     """The tokens of the longer span, mixed with those of the other."""
     if len(a.ids) < len(b.ids):
         a, b, share = b, a, 1 - share
+    # -1 has an embedding of zeros.
     return replace(a, mix=SpanMix(b.ids + (-1,) * (len(a.ids) - len(b.ids)), share))
 
 
@@ -89,7 +91,7 @@ def _mix_labels(a: LabeledSpan, b: LabeledSpan, share: float, what: LabelEncoder
     assert not isinstance(b.label, tuple)
     if what.classes is None:
         return replace(a, weight=weight, label=share * a.label + (1 - share) * b.label)
-    shares = [0.0] * len(what.classes)
+    shares = [0.0] * len(what.classes)  # one for each class
     shares[int(a.label)] += share
-    shares[int(b.label)] += 1 - share
+    shares[int(b.label)] += 1 - share  # added: both rows may have the same class
     return replace(a, weight=weight, label=a.label if share >= 0.5 else b.label, soft_label=tuple(shares))

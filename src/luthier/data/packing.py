@@ -1,6 +1,6 @@
 """Packs tokenized examples into batches: rows without padding. Read `core/types.py` first.
 
-Shape letters: T tokens in a row, P predictions in it.
+Shape letters: T tokens in a row, S segments, P predictions, A labeled spans, C classes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -
 def assign_rows(encoded: Sequence[TokenizedExample], max_tokens: int) -> list[list[int]]:
     """The examples of each row; see `pack_examples`."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[int] = []  # free tokens of each row
     for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].num_tokens, i)):
         tokens = encoded[index].num_tokens
         row = next((r for r, free in enumerate(room) if free >= tokens), None)
@@ -53,18 +53,18 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     Positions continue from the parent span. The first token of a child is predicted at its parent's last token; the
     first token of a root is not predicted. A tag is predicted at its own token.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    parents: list[int] = []
-    at: list[int] = []
-    goals: list[int] = []
-    weights: list[float] = []
-    items: list[int] = []
-    others: list[int] = []
-    shares: list[float] = []
-    item_of: list[int] = []
-    images: list[torch.Tensor] = []
+    tokens: list[int] = []  # [T]
+    positions: list[int] = []  # [T]
+    lengths: list[int] = []  # [S]
+    parents: list[int] = []  # [S]
+    at: list[int] = []  # [P]
+    goals: list[int] = []  # [P]
+    weights: list[float] = []  # [P]
+    items: list[int] = []  # [A]
+    others: list[int] = []  # [T]
+    shares: list[float] = []  # [T]
+    item_of: list[int] = []  # [P]
+    images: list[torch.Tensor] = []  # [channels, height, width] each
     for example in encoded:
         first = len(lengths)  # segment of the example's first span
         judged = {item.span_index: len(items) + i for i, item in enumerate(example.labeled_spans)}
@@ -90,28 +90,28 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
                 item_of.append(judged.get(number, -1))
     mix = EmbeddingMix(_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else None
     inputs = Inputs(_to_long(tokens), _to_long(positions), SegmentTree(tuple(lengths), tuple(parents)),
-                    torch.stack(images) if images else None, mix)
+                    torch.stack(images) if images else None, mix)  # [S, channels, height, width]
     labeled = [item for example in encoded for item in example.labeled_spans]
     target = LossInputs(_to_long(at), _to_long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                         sum(example.num_bytes for example in encoded), _to_long(items),
                         torch.tensor([item.label for item in labeled], dtype=torch.float32),  # [A] or [A, C]
-                        torch.tensor([item.margin for item in labeled], dtype=torch.float32),
-                        _to_long(i for i, example in enumerate(encoded) for _ in example.labeled_spans),
-                        _to_long(item_of),
+                        torch.tensor([item.margin for item in labeled], dtype=torch.float32),  # [A]
+                        _to_long(i for i, example in enumerate(encoded) for _ in example.labeled_spans),  # [A]
+                        _to_long(item_of),  # [P]
                         {name: torch.cat([row.precomputed[name] for row in encoded])
-                         for name in encoded[0].precomputed},
-                        torch.tensor([item.weight for item in labeled], dtype=torch.float32),
-                        _build_label_shares(encoded),
-                        _to_long(item.text_id for item in labeled if item.text_id is not None))
+                         for name in encoded[0].precomputed},  # name -> [P]
+                        torch.tensor([item.weight for item in labeled], dtype=torch.float32),  # [A]
+                        _build_label_shares(encoded),  # [A, C] or [0]
+                        _to_long(item.text_id for item in labeled if item.text_id is not None))  # [A] or [0]
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 
 def _build_label_shares(encoded: Sequence[TokenizedExample]) -> torch.Tensor:
     """See `LossInputs.soft_labels`: a single class is a mixture of one class."""
     items = [item for example in encoded for item in example.labeled_spans]
-    width = max((len(item.soft_label) for item in items), default=0)
+    width = max((len(item.soft_label) for item in items), default=0)  # C; 0 where no label is a mixture
     rows = [item.soft_label or [float(item.label == i) for i in range(width)] for item in items] if width else []
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32)  # [A, C] or [0]
 
 
 def _to_long(values: Iterable[int]) -> torch.Tensor:

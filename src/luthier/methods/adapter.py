@@ -15,6 +15,8 @@ adapter after the MLP; He et al. 2022 (2110.04366) table 1 and section 4.6, para
 after the sublayer, the norm follows the adapter.
 
 Learning rate 5e-4: as in LoRA, the second factor starts at zero, so the product changes slowly at first.
+
+Shape letters: H hidden size, r width of the bottleneck, `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -95,17 +97,18 @@ class Bottleneck:
         dtype, width = torch.promote_types(like.dtype, torch.float32), config.compute_width(place, hidden)
         # Kaiming uniform with a = sqrt 5, as nn.Linear is initialized.
         down = (torch.rand(width, hidden, generator=generator) * 2 - 1) / hidden ** 0.5
+        # [r, H], [r], [H, r], [H] in this order, which `__call__` unpacks.
         initial = {"down.weight": down, "down.bias": torch.zeros(width), "up.weight": torch.zeros(hidden, width),
                    "up.bias": torch.zeros(hidden)}
         self.parameters = {name: nn.Parameter(start.to(like.device, dtype)) for name, start in initial.items()}
 
     def __call__(self, x: Tensor) -> Tensor:
         """f(x), [..., H], for x [..., H]."""
-        down, d, up, u = (p.to(x.dtype) for p in self.parameters.values())
+        down, d, up, u = (p.to(x.dtype) for p in self.parameters.values())  # [r, H], [r], [H, r], [H]
         inner = self.act(F.linear(x, down, d))  # [..., r]
         if self.p:
             inner = F.dropout(inner, self.p, self.block.training)
-        return self.scale * F.linear(inner, up, u)
+        return self.scale * F.linear(inner, up, u)  # [..., H]
 
     def add_to_output(self, _x: Tensor, h: Tensor) -> Tensor:
         return h + self(h)  # not in place: D's gradient needs the original h
@@ -115,12 +118,12 @@ class Bottleneck:
 
     def store_input(self, x: Tensor) -> Tensor:
         """Store the MLP's input for `add_from_stored_input`."""
-        self._input = x
+        self._input = x  # [..., H]
         return x
 
     def add_from_stored_input(self, _x: Tensor, h: Tensor) -> Tensor:
         """h + f(the stored input)."""
-        x, self._input = self._input, None
+        x, self._input = self._input, None  # released: the tensor would live until the next pass
         assert x is not None, "no MLP input was stored before the MLP output"
         return h + self(x)
 

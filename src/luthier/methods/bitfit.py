@@ -99,6 +99,7 @@ class Bitfit(MergeableMethod):
             like = next(p for p in place.module.parameters())
             # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
             dtype = torch.promote_types(like.dtype, torch.float32)
+            # [end - start]
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
             self._biases[f"{PEFT_PREFIX}{place.name}.bitfit"] = bias
             self.hooks.modify_output(place.module, _build_bias_hook(place, bias))
@@ -116,7 +117,8 @@ class Bitfit(MergeableMethod):
             like = old if old is not None else weight
             assert like is not None
             whole = change.new_zeros(place.outputs) if old is None else old.to(change.dtype).clone()
-            whole[place.start:place.end] += change
+            whole[place.start:place.end] += change  # [end - start] of [out]
+            # A quantized weight's dtype, an integer type, cannot hold a bias.
             yield place.module, "bias", whole.to(like.dtype if like.is_floating_point() else change.dtype)
 
     def state(self) -> dict[str, Tensor]:
@@ -137,7 +139,7 @@ def _build_bias_hook(place: BiasTarget, bias: nn.Parameter) -> Any:
         return y + bias.to(y.dtype) if place.norm else y.add_(bias.to(y.dtype))
 
     def add_partial_bias(_x: Tensor, y: Tensor) -> Tensor:
-        y[..., place.start:place.end] += bias.to(y.dtype)
+        y[..., place.start:place.end] += bias.to(y.dtype)  # [..., end - start]
         return y
 
     return add_bias if place.end - place.start == place.outputs else add_partial_bias

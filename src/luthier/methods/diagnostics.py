@@ -7,6 +7,8 @@ direction, about 1 for an unrelated token. Prompts are compared with token embed
 first layer's key is compared with the key that the first layer computes for each token at the same position. Keys of
 deeper layers depend on the context, so they cannot be compared. For a base without a vocabulary (images) only the size
 relative to the first layer's usual inputs is reported.
+
+Shape letters: N virtual tokens, D hidden size, G key heads of width d, n vectors of the vocabulary, R rank.
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ def _flatten_heads(keys: Tensor) -> Tensor:
 
 def _measure_norms(virtual: Tensor, usual: Tensor, what: str) -> Diagnostic:
     """A row for each virtual token, without a vocabulary. Both arguments are [n, D]."""
+    # [n of `virtual`]
     sizes = virtual.norm(dim=1) / usual.to(virtual).norm(dim=1).mean()
     return Diagnostic("words",
                       f"the size of {what}, relative to a typical patch: this base has no vocabulary",
@@ -112,17 +115,18 @@ def _find_nearest_tokens(virtual: Tensor, table: Callable[[list[int]], Tensor],
                          structure: ModelStructure) -> Iterator[dict[str, Any]]:
     """A row for each virtual token [N, D]; `table` gives the vectors [n, D] of token ids."""
     size, norms = structure.sizes["vocabulary"], []
-    best = torch.full((len(virtual), 0), 2.0).to(virtual)
-    who = torch.zeros(len(virtual), 0, dtype=torch.int64, device=virtual.device)
+    best = torch.full((len(virtual), 0), 2.0).to(virtual)  # [N, found] distances, the nearest first
+    who = torch.zeros(len(virtual), 0, dtype=torch.int64, device=virtual.device)  # [N, found] their token ids
     for start in range(0, size, CHUNK):
         ids = list(range(start, min(start + CHUNK, size)))
-        words = table(ids).to(virtual)
+        words = table(ids).to(virtual)  # [n, D]
         norms.append(words.norm(dim=1))
+        # [N, found + n] The nearest so far compete with each chunk: the whole [N, V] is never in memory.
         best = torch.cat([best, 1 - F.normalize(virtual, dim=1) @ F.normalize(words, dim=1).T], dim=1)
         who = torch.cat([who, torch.tensor(ids, device=who.device).expand(len(virtual), -1)], dim=1)
-        best, order = best.topk(min(NEAREST, best.shape[1]), largest=False)
-        who = who.gather(1, order)
-    usual = torch.cat(norms).mean()
+        best, order = best.topk(min(NEAREST, best.shape[1]), largest=False)  # [N, NEAREST] each
+        who = who.gather(1, order)  # [N, NEAREST]
+    usual = torch.cat(norms).mean()  # []
     assert structure.tokenizer is not None, "a base with a vocabulary has a tokenizer"
     for vector, distances, found in zip(virtual, best.tolist(), who.tolist(), strict=True):
         yield {"size": float(vector.norm() / usual),
@@ -136,11 +140,12 @@ def _find_nearest_tokens(virtual: Tensor, table: Callable[[list[int]], Tensor],
 def _diagnose_layer(layer: LoraLayer | AdaLoraLayer, max_rank: int) -> dict[str, Any]:
     """Size and effective rank: exp(-sum p log p) of the normalized singular values p (Roy and Vetterli 2007), which is
     1 for one direction and R for R equal ones. DoRA's magnitudes are not included."""
-    a, b = layer.get_factors()
+    a, b = layer.get_factors()  # [R, in], [out, R]
     # The singular values of B A are those of a small matrix: B = Q_b R_b, A^T = Q_a R_a.
     singular_values = layer.scale * torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T)
+    # Clamped: an update of zero would give 0 / 0.
     total = singular_values.sum().clamp(min=torch.finfo(singular_values.dtype).tiny)
-    shares = singular_values / total
+    shares = singular_values / total  # [R]
     rank = torch.special.entr(shares).sum().exp() if singular_values.any() else singular_values.new_zeros(())
     weight = layer.base_weight()
     return {"name": layer.site.name, "block": layer.site.layer_index, "role": layer.site.role,

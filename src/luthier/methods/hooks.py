@@ -2,6 +2,8 @@
 
 Every method that adds parameters is built on this. The base's modules, weights and names are not
 changed. Several methods can therefore share one model, and a disabled method leaves the base's outputs bit for bit.
+
+Shape letters: T tokens of a packed row, D features of a hidden state.
 """
 
 from __future__ import annotations
@@ -55,12 +57,14 @@ class Hooks:
         """``change(x, y)``, scaled by `gate.scale`, for the tokens of `gate.token_index` only."""
         gate = self.gate
         if gate.token_index is None:
+            # `change` may overwrite its second argument, and the scaled sum needs the original.
             return change(x, y) if gate.scale == 1 else y + gate.scale * (change(x, y.clone()) - y)
-        index = gate.token_index[1]
+        index = gate.token_index[1]  # [selected tokens]
         dim = _find_token_dim(gate.token_index[0], gate.dim_size, y.shape)
         selected = y.index_select(dim, index)  # [..., selected tokens, D]
         # `change` may modify its argument in place; a scaled change needs the original too.
         new = change(x.index_select(dim, index), selected if gate.scale == 1 else selected.clone())
+        # As y. Not in place: y may be saved for the backward pass.
         return y.index_copy(dim, index, new if gate.scale == 1 else selected + gate.scale * (new - selected))
 
     def disabled(self) -> AbstractContextManager[None]:

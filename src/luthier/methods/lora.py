@@ -16,6 +16,9 @@ al. 2024 (2402.09353) eqs. 5, 11; PiSSA, Meng et al. 2024 (2404.02948) eqs. 2-4;
 Learning rate 5e-4: B starts at zero, so the product B A changes slowly, and LoRA needs 10 to 30 times full
 fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 reduced the perplexity from 94
 to 4.95, 1.66 and 1.47. Small models (below a billion parameters) work with 1e-3 and more, large ones often with 2e-4.
+
+Shape letters: R rank (of PiSSA's joined factors 2 R), `in` and `out` the features of a linear map, `...` any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -155,24 +158,25 @@ class LoraLayer:
         # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a, b = (factor.to(weight.device, dtype) for factor in self._init_factors(config.init_lora_weights, generator))
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)  # [R, in], [out, R]
         is_pissa = config.init_lora_weights == "pissa"
         self.initial_factors = (self.a.detach().clone(), self.b.detach().clone()) if is_pissa else None  # A0, B0
         # [out] |W| of each output row
         self.initial_norm = self._compute_squared_norms().sqrt() if config.use_dora else None
+        # [out] m
         self.magnitude = nn.Parameter(self.initial_norm.clone()) if self.initial_norm is not None else None
 
     def _init_factors(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        shape = (self.rank, self.site.in_features)
+        shape = (self.rank, self.site.in_features)  # [R, in]
         if init == "pissa":
             u, s, v = torch.linalg.svd(self.base_weight().float(), full_matrices=False)  # [out, r], [r], [r, in]
             root = (s[:self.rank] / self.scale).sqrt()  # [R]
-            return root[:, None] * v[:self.rank], u[:, :self.rank] * root
+            return root[:, None] * v[:self.rank], u[:, :self.rank] * root  # A0 [R, in], B0 [out, R]
         if init == "gaussian":
             a = torch.randn(shape, generator=generator) / self.rank
         else:  # Kaiming uniform with a = sqrt 5, as in the paper's code
             a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.in_features ** 0.5
-        return a, torch.zeros(self.site.out_features, self.rank)
+        return a, torch.zeros(self.site.out_features, self.rank)  # B = 0: the model starts as the base
 
     def register_hooks(self, hooks: Hooks) -> None:
         hooks.modify_output(self.site.module, self.delta)
@@ -184,8 +188,8 @@ class LoraLayer:
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] plus the update of x [..., in]."""
         if self.p:
-            x = F.dropout(x, self.p, self.site.module.training)
-        a, b = self.get_factors()
+            x = F.dropout(x, self.p, self.site.module.training)  # [..., in]
+        a, b = self.get_factors()  # [R, in], [out, R]
         low = F.linear(x, a.to(x.dtype))  # [..., R]
         # Autocast does not cast the arguments of in-place operations, so they are cast here.
         updated = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)  # [..., out]
@@ -206,23 +210,26 @@ class LoraLayer:
     def compute_weight_norm(self) -> Tensor:
         """|W + s B A| of each output row, [out]."""
         assert self.initial_norm is not None
-        a, b = self.get_factors()
+        a, b = self.get_factors()  # [R, in], [out, R]
         # |W + s B A|^2 = |W|^2 + 2 s <W, B A> + s^2 |B A|^2, without forming the [out, in] product B A.
         cross = (self.base_weight().to(a.dtype) @ a.T * b).sum(1)  # [out]
         own = (b @ (a @ a.T) * b).sum(1)  # [out]
+        # Clamped: rounding can make the square of a norm near zero negative.
         return (self.initial_norm ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
 
     def _compute_squared_norms(self) -> Tensor:
-        weight = self.base_weight()
+        weight = self.base_weight()  # [out, in]
+        # [out] In float32: a sum of squares in 16 bits would lose most of its digits.
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
 
     @torch.no_grad()
     def compute_merged_weight(self) -> Tensor:
         """The merged weight, in the layout of the module's own."""
-        a, b = self.get_factors()
+        a, b = self.get_factors()  # [R, in], [out, R]
         weight = self.base_weight().to(a.dtype) + self.scale * (b @ a)  # [out, in]
         if self.magnitude is not None:
-            weight = weight * (self.magnitude / self.compute_weight_norm())[:, None]
+            weight = weight * (self.magnitude / self.compute_weight_norm())[:, None]  # [out, in]
+        # GPT-2's Conv1D stores [in, out].
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
 
@@ -238,9 +245,9 @@ def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
         b: [out, R]
     """
     # A contiguous [R, out] makes the backward pass of `low` twice as fast as the transposed [out, R].
-    b = b.T.contiguous()
-    if y.ndim == 3 and y.shape[0] == 1:
-        return y.baddbmm_(low, b[None], alpha=scale)
+    b = b.T.contiguous()  # [R, out]
+    if y.ndim == 3 and y.shape[0] == 1:  # a packed row, [1, T, out]
+        return y.baddbmm_(low, b[None], alpha=scale)  # [1, T, out]
     return y.flatten(0, -2).addmm(low.flatten(0, -2), b, alpha=scale).view(y.shape)
 
 
@@ -295,7 +302,7 @@ class Lora:
         assert not self._originals, "merged already"
         refuse_quantized(layer.site for layer in self.layers if isinstance(layer, LoraLayer))
         for layer in self.layers:
-            self._originals.append(layer.site.weight.detach().clone())
+            self._originals.append(layer.site.weight.detach().clone())  # a copy: subtracting the update would round
             layer.site.weight.copy_(layer.compute_merged_weight())
         self.hooks.gate.disabled_depth += 1
 
@@ -312,7 +319,7 @@ class Lora:
         state = {name: parameter.detach() for name, parameter in self.parameters().items()}
         for layer in self.layers:
             if layer.initial_factors is not None:
-                a, b = layer.get_factors()
+                a, b = layer.get_factors()  # [2 R, in], [out, 2 R]
                 path = PEFT_PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
         return state
@@ -324,13 +331,14 @@ class Lora:
             if layer.initial_factors is not None:
                 path = PEFT_PREFIX + layer.path
                 a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
+                # The file has [A; A0] and [B | -B0], as `get_factors` returns them.
                 layer.initial_factors = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
         load_into(self.parameters(), state)
 
     def get_peft_config(self) -> dict[str, Any] | None:
         rank_factor = 2 if self.config.init_lora_weights == "pissa" else 1
-        alpha_factor = rank_factor ** 0.5 if self.config.use_rslora else rank_factor
+        alpha_factor = rank_factor ** 0.5 if self.config.use_rslora else rank_factor  # keeps s at twice the rank
         linear = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
         experts = sorted(layer.site.name for layer in self.layers if isinstance(layer, ExpertLayer))
         return {

@@ -10,6 +10,8 @@ Each updates a linear layer W by s_i B_i A_i (A_i: [R_i, in], B_i: [out, R_i]). 
 
 D itself is never formed: with B = Q_b R_b and A^T = Q_a R_a its singular values are those of R_b R_a^T, a small matrix.
 `linear` is exact. PEFT's `linear` adds the factors instead of the products, and thus also B_i A_j for i != j.
+
+Shape letters: R the sum of all ranks, r the rank of the result, `in` and `out` the features of a linear map.
 """
 
 from __future__ import annotations
@@ -78,11 +80,13 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_typ
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
         path = PEFT_PREFIX + name
+        # A safetensors file holds contiguous tensors only.
         state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.contiguous(), b.contiguous()
     largest = max(ranks.values())
     exceptions = {name: r for name, r in ranks.items() if r != largest}
     config = LoraConfig(rank=largest, alpha=largest, target_modules=tuple(ranks), rank_pattern=exceptions,
                         alpha_pattern={name: float(r) for name, r in exceptions.items()})
+    # Squares of Frobenius norms add up over the maps.
     return MergedLora(config, state, (lost / (kept + lost)) ** 0.5 if lost else 0.0)
 
 
@@ -98,12 +102,14 @@ def _collect_factors(loras: Sequence[Lora], weights: Sequence[float]) -> dict[st
 
 def _reduce_rank(a: Tensor, b: Tensor, rank: int | None) -> tuple[Factors, float, float]:
     """Factors of B A at this rank at most (None: its numerical rank), and the squared norms kept and lost."""
+    # In float64: the rounding of QR and SVD must stay below the precision of the factors.
     q_a, r_a = torch.linalg.qr(a.double().T)  # [in, R], [R, R]
     q_b, r_b = torch.linalg.qr(b.double())  # [out, R], [R, R]
-    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)  # [R, R], [R], [R, R]
     # Singular values below this threshold are rounding errors at the precision of the trained factors.
     numerical_rank = int((s > s[0] * torch.finfo(a.dtype).eps * max(a.shape[1], b.shape[0])).sum())
-    keep = max(1, numerical_rank if rank is None else min(rank, numerical_rank))
-    root = s[:keep].sqrt()
+    keep = max(1, numerical_rank if rank is None else min(rank, numerical_rank))  # r; no adapter has rank 0
+    root = s[:keep].sqrt()  # [r]
+    # [r, in], [out, r]
     factors = (root[:, None] * (v[:keep] @ q_a.T)).to(a.dtype), (q_b @ u[:, :keep] * root).to(b.dtype)
     return factors, float(s[:keep].square().sum()), float(s[keep:numerical_rank].square().sum())

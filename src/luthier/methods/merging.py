@@ -30,6 +30,7 @@ class MergeableMethod:
         assert not self._originals, "merged already"
         for module, name, value in self.iter_merged():
             old = get_own_parameter(module, name)
+            # A copy: undoing the arithmetic would not restore the weight bit for bit.
             self._originals.append((module, name, None if old is None else old.detach().clone()))
             if old is None:  # a bias where the module had none
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))

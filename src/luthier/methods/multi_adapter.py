@@ -111,6 +111,7 @@ class AdapterManager:
         for name, gates in self._gates.items():
             was_active, setting = name in self._active, active.get(name)
             for gate in gates:
+                # Relative, since `disabled()` contexts of others are counted in it too.
                 depth = gate.disabled_depth + was_active - (setting is not None)
                 _set_gate(gate, depth, setting or GateSetting())
         self._active = active

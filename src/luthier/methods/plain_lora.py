@@ -47,6 +47,7 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
     if experts := [layer.site.name for layer in attached.layers if isinstance(layer, ExpertLayer)]:
         raise RunError(f"the LoRA changes experts ({experts[0]}), which PEFT saves under target_parameters; a plain "
                        "LoRA cannot represent them", "omit --lora-rank, or export with --to merged")
+    # name -> A_i [R_i, in], B_i [out, R_i], s_i
     parts = {layer.site.name: (*layer.get_factors(), layer.scale) for layer in attached.layers}
     largest = max(1, *(a.shape[0] for a, _, _ in parts.values()), 1)
     if rank is not None and rank < largest:
@@ -59,8 +60,10 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
     alpha = scale * size if float(scale * size).is_integer() else float(size)
     state = {}
     for name, (a, b, own) in parts.items():
+        # [N, in], [out, N] The rows and columns that are not filled stay zero.
         wide_a, wide_b = a.new_zeros(size, a.shape[1]), b.new_zeros(b.shape[0], size)
         wide_a[:a.shape[0]] = a
+        # No multiplication where the scale fits already: B stays bit for bit.
         wide_b[:, :b.shape[1]] = b if own * size == alpha else b * (own * size / alpha)
         state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = wide_a, wide_b
     return LoraConfig(rank=size, alpha=alpha, target_modules=tuple(parts)), state

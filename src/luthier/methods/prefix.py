@@ -78,7 +78,7 @@ class PrefixConfig(VirtualTokenConfig):
         start, scale = init_key_values(structure, self, seed)
         if not self.prefix_projection:
             return Prefix(structure, self, start, scale)
-        layers, _, heads, tokens, width = start.shape
+        layers, _, heads, tokens, width = start.shape  # [layers, 2, G, N, d]
         encoder = draw_with_seed(seed, lambda: PrefixProjection(
             tokens, self.encoder_hidden_size or structure.sizes["hidden"], (layers, 2, heads, width),
             self.prompt_tuning_init))
@@ -99,13 +99,13 @@ def init_key_values(structure: ModelStructure, config: VirtualTokenConfig, seed:
 
 def flatten_key_values(pairs: Tensor) -> Tensor:
     """[layers, 2, G, N, d] to the shape of PEFT's file, [N, layers * 2 * G * d]."""
-    return pairs.permute(3, 0, 1, 2, 4).flatten(1)
+    return pairs.permute(3, 0, 1, 2, 4).flatten(1)  # [N, layers, 2, G, d] -> [N, layers * 2 * G * d]
 
 
 def unflatten_key_values(rows: Tensor, like: Tensor) -> Tensor:
     """`flatten` undone."""
-    layers, two, heads, tokens, width = like.shape
-    return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)
+    layers, two, heads, tokens, width = like.shape  # [layers, 2, G, N, d]
+    return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)  # [layers, 2, G, N, d]
 
 
 def build_prefix_config(structure: ModelStructure, pairs: Tensor) -> dict[str, Any]:
@@ -122,13 +122,13 @@ class Prefix(VirtualTokenMethod):
         super().__init__()
         self._like, self._scale = start, scale
         # One parameter for each, since each has its own learning rate.
-        self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
+        self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]  # [G, N, d]
         self._peft_config = build_saved_config(structure, config, "prefix", build_prefix_config(structure, start))
         get_injector(structure).add_prefix(lambda: self.pairs, self.gate)
 
     def compute_virtual_tokens(self) -> Tensor:
         """[layers, 2, G, N, d]"""
-        return torch.stack([torch.stack(pair) for pair in self.pairs])
+        return torch.stack([torch.stack(pair) for pair in self.pairs])  # [layers, 2, G, N, d]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"{EMBEDDINGS}.{i}.{kind}": parameter for i, pair in enumerate(self.pairs)
@@ -136,7 +136,7 @@ class Prefix(VirtualTokenMethod):
 
     def lr_multiplier(self, name: str) -> float:
         _, layer, kind = name.split(".")
-        return float(self._scale[int(layer), int(kind == "value")])
+        return float(self._scale[int(layer), int(kind == "value")])  # _scale: [layers, 2, 1, 1, 1]
 
     def state(self) -> dict[str, Tensor]:
         return {EMBEDDINGS: flatten_key_values(self.compute_virtual_tokens().detach()).contiguous()}
@@ -145,7 +145,7 @@ class Prefix(VirtualTokenMethod):
     def load(self, state: Mapping[str, Tensor]) -> None:
         check_state_shapes({EMBEDDINGS: flatten_key_values(self._like)}, state)
         for pair, layer in zip(self.pairs, unflatten_key_values(state[EMBEDDINGS], self._like), strict=True):
-            for parameter, saved in zip(pair, layer, strict=True):
+            for parameter, saved in zip(pair, layer, strict=True):  # [G, N, d] each
                 parameter.copy_(saved)
 
     def get_peft_config(self) -> dict[str, Any] | None:
@@ -162,12 +162,12 @@ class PrefixProjection(nn.Module):
         last = nn.Linear(hidden, shape[0] * shape[1] * shape[2] * shape[3])
         self.transform = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), last)
         if init == "text":
-            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.weight)  # the MLP adds nothing at first: the prefix starts as real tokens
             nn.init.zeros_(last.bias)
 
     def forward(self) -> Tensor:
-        rows: Tensor = self.transform(self.embedding.weight)
-        return rows.view(-1, *self.shape).permute(1, 2, 3, 0, 4)
+        rows: Tensor = self.transform(self.embedding.weight)  # [N, layers * 2 * G * d]
+        return rows.view(-1, *self.shape).permute(1, 2, 3, 0, 4)  # [layers, 2, G, N, d]
 
 
 class ProjectedPrefix(ReparameterizedPrompt):
@@ -180,6 +180,7 @@ class ProjectedPrefix(ReparameterizedPrompt):
         super().__init__(encoder, start, scale)
         self._peft_config = build_saved_config(structure, config, "prefix", build_prefix_config(structure, start))
         get_injector(structure).add_prefix(
+            # [G, N, d] each
             lambda: [(layer[0], layer[1]) for layer in self.compute_virtual_tokens()], self.gate)
 
     def flatten(self, virtual: Tensor) -> Tensor:

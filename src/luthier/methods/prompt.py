@@ -11,6 +11,8 @@ since Adam moves every entry by about the learning rate at each step, whatever t
 embeddings of size 0.1 is thus trained at 0.03, one of size 2 at 0.6. The rate is far above that of weights, because a
 prompt must move far and nothing else adapts. On the demo's rows 40 steps at 0.05, 0.15 and 0.3 reduced the held-out
 loss to 1.45, 0.94 and 0.76. The paper's rate is 0.3 too, with Adafactor.
+
+Shape letters: N virtual tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def sample_token_ids(structure: ModelStructure, n: int, text: str | None, seed: 
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise RecipeError(f"method.prompt_tuning_init_text {text!r} has no tokens", "use a longer text")
-        return (ids * (n // len(ids) + 1))[:n]
+        return (ids * (n // len(ids) + 1))[:n]  # repeated until there are n
     special = set(tokenizer.all_special_ids)
     candidates = [i for i in range(min(structure.sizes["vocabulary"], MAX_SAMPLED_TOKEN_ID)) if i not in special]
     words = [i for i in candidates if tokenizer.decode([i]).strip().isalpha()] or candidates
@@ -115,17 +117,17 @@ def embed_init_tokens(structure: ModelStructure, config: VirtualTokenConfig, see
     """[N, D] initial embeddings, and the root mean square of the embeddings of the N initial tokens."""
     start = choose_init_tokens(structure, config, seed)
     if isinstance(start, list):
-        start = structure.embedding(torch.tensor(start, device=next(structure.embedding.parameters()).device))
+        start = structure.embedding(torch.tensor(start, device=next(structure.embedding.parameters()).device))  # [N, D]
     embeddings = to_trainable_dtype(start)  # [N, D]
     scale = compute_rms(embeddings)
     if config.prompt_tuning_init == "random":
-        embeddings = scale * draw_normal(embeddings.shape, seed).to(embeddings)
+        embeddings = scale * draw_normal(embeddings.shape, seed).to(embeddings)  # [N, D]
     return embeddings, scale
 
 
 def to_trainable_dtype(x: Tensor) -> Tensor:
     """A copy in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)  # a copy: x may be the base's own
 
 
 def compute_rms(x: Tensor) -> float:
@@ -134,6 +136,7 @@ def compute_rms(x: Tensor) -> float:
 
 def draw_normal(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
     """Standard normal numbers, equal on every device."""
+    # Drawn by the CPU's generator: a GPU's would give other numbers.
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -164,7 +167,7 @@ class Prompt(VirtualTokenMethod):
 
     def __init__(self, structure: ModelStructure, config: VirtualTokenConfig, start: Tensor, scale: float) -> None:
         super().__init__()
-        self.embeddings, self._scale = nn.Parameter(start), scale
+        self.embeddings, self._scale = nn.Parameter(start), scale  # [N, D]
         self._peft_config = build_saved_config(structure, config, "prompt", {
             "peft_type": "PROMPT_TUNING", **build_peft_config(structure, len(start)), "prompt_tuning_init": "RANDOM"})
         get_injector(structure).add_prompt(self.compute_virtual_tokens, self.gate)

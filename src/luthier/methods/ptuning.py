@@ -14,6 +14,8 @@ checkpoints under names that begin with `training.`.
 Learning rate 1e-2: high for a small network under Adam, since its output must move as far as a prompt without an
 encoder. On the demo's rows 40 steps at 1e-3, 4e-3 and 1e-2 reduced the held-out loss to 2.25, 1.56 and 0.77. The
 encoder amplifies each step, so the rate is far below prompt tuning's 0.3.
+
+Shape letters: N virtual tokens, D hidden size, E width of the encoder.
 """
 
 from __future__ import annotations
@@ -80,8 +82,9 @@ class PromptEncoder(nn.Module):
     def __init__(self, kind: str, shape: torch.Size, hidden: int, init: str) -> None:
         super().__init__()
         tokens, width = shape
-        self.embedding = nn.Embedding(tokens, width)
+        self.embedding = nn.Embedding(tokens, width)  # z, [N, D]
         if kind == "lstm":
+            # [1, N, D] -> [1, N, 2 E]: one half for each direction.
             self.lstm_head = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
         else:
@@ -91,11 +94,11 @@ class PromptEncoder(nn.Module):
         if init == "text":
             last = self.mlp_head[-1]
             assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.weight)  # F(z) = 0 at first: p starts as the tokens w
             nn.init.zeros_(last.bias)
 
     def forward(self) -> Tensor:
-        z: Tensor = self.embedding.weight
+        z: Tensor = self.embedding.weight  # [N, D]
         output: Tensor = self.mlp_head(self.lstm_head(z[None])[0][0] if self.kind == "lstm" else z)  # [N, D]
         return output
 
@@ -125,7 +128,7 @@ class ReparameterizedPrompt(VirtualTokenMethod):
     def compute_virtual_tokens(self) -> Tensor:
         if self.bare_tokens is not None:
             return self.bare_tokens
-        tokens: Tensor = self.start + self.scale * self.encoder()
+        tokens: Tensor = self.start + self.scale * self.encoder()  # [N, D], or the shape of a prefix
         return tokens
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -10,6 +10,8 @@ tensors that are saved anyway, at a small cost compared with a matrix product:
 A saved tensor that shares its storage with one of these is replaced by a function that recomputes it. In a model like
 Llama this saves two fifths of a row's activation memory at no loss of speed. The backward pass of act(gate) * up is
 implemented here too, so that act(gate) need not be saved either.
+
+Shape letters: D hidden size, I inner size of the MLP, `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class ActivationRecomputer:
                     norm.register_forward_hook(self._after_norm)
 
     def _after_norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept = args[0].detach()
+        kept = args[0].detach()  # without its graph, which the closure would keep alive
         self.record(output, lambda: type(norm).forward(norm, kept))
 
     def record(self, output: Tensor, recompute: Callable[[], Tensor]) -> None:
@@ -75,7 +77,7 @@ class ActivationRecomputer:
 
     def _pack(self, saved: Tensor) -> Any:
         found = self._notes.get(saved.untyped_storage()._cdata)
-        if found is None or not saved.is_contiguous():
+        if found is None or not saved.is_contiguous():  # a transposed view has another order of values
             return saved
         return found[1], saved.shape
 
@@ -88,7 +90,7 @@ class ActivationRecomputer:
                 self._last = (recompute, recompute())
         made = self._last[1]
         assert made is not None
-        return made.view(shape)
+        return made.view(shape)  # the saved tensor may be a view of the recorded one
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -96,18 +98,19 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(gate, up)
+        ctx.save_for_backward(gate, up)  # [..., I] each
         ctx.act = act
         return act(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad():  # a backward pass has no graph by default
             gate = gate.detach().requires_grad_()
             acted = ctx.act(gate)
+        # [..., I]
         (grad_gate,) = torch.autograd.grad(acted, gate, grad * up)
-        return grad_gate, grad * acted.detach(), None
+        return grad_gate, grad * acted.detach(), None  # [..., I] each
 
 
 class GatedMLP(nn.Module):
@@ -125,12 +128,12 @@ class GatedMLP(nn.Module):
         self._recomputer = recomputer
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = _GatedProduct.apply(gate, up, self.act_fn)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [..., I] each
+        inner = _GatedProduct.apply(gate, up, self.act_fn)  # [..., I]
         # The backward pass needs `inner` before gate and up are freed.
         g, u = gate.detach(), up.detach()
         self._recomputer.record(inner, lambda: self.act_fn(g) * u)
-        down: Tensor = self.down_proj(inner)
+        down: Tensor = self.down_proj(inner)  # [..., D]
         return down
 
 
@@ -150,6 +153,7 @@ def replace_gated_mlps(model: Any, recomputer: ActivationRecomputer) -> None:
 
 def _is_equal(one: nn.Module, other: nn.Module, probe: Tensor) -> bool:
     """Whether both return identical values, with dropout on, and for values large enough to reach any clamp."""
+    # [2, 2, D]
     was, probe = other.training, torch.cat([probe, 1e4 * probe])
     with torch.random.fork_rng(devices=[]):
         found, wanted = one.train()(probe), other.train()(probe)

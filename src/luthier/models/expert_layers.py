@@ -46,7 +46,7 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
         for parameter, weight in module.named_parameters(recurse=False):
             if parameter not in ROLES or weight.dim() != 3 or get_optional(module, "is_transposed") is None:
                 continue
-            count, outputs, inputs = weight.shape
+            count, outputs, inputs = weight.shape  # [E, out, in]; the other way round if transposed
             if module.is_transposed:
                 inputs, outputs = outputs, inputs
             found.append(ExpertLinears(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs,
@@ -76,18 +76,20 @@ def run_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> 
         return real
     if module._is_expert_parallel:
         raise RunError("expert parallelism is not supported by adapters on experts", "train on one device")
-    order = index.flatten().argsort(stable=True)
+    order = index.flatten().argsort(stable=True)  # [N] choices sorted by expert
+    # rows of each of the E experts
     counts = torch.bincount(index.flatten(), minlength=module.num_experts).tolist()
     rows = hidden[order // index.shape[1]]  # [N, D]
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _apply_linear(module, first, rows, counts, acting)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    out = _apply_linear(module, "down_proj", inner, counts, acting)
+    inner = _apply_linear(module, first, rows, counts, acting)  # [N, inner], or [N, 2 inner] with a gate
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # [N, inner]
+    out = _apply_linear(module, "down_proj", inner, counts, acting)  # [N, D]
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
-    out = out * weights.flatten()[order, None]
+    out = out * weights.flatten()[order, None]  # [N, D]
+    # [N] the inverse of `order`
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out[back].view(*index.shape, -1).sum(1).to(hidden.dtype)
+    return out[back].view(*index.shape, -1).sum(1).to(hidden.dtype)  # [T, K, D] -> [T, D]
 
 
 def _apply_linear(module: Any, name: str, rows: Tensor, counts: Sequence[int],
@@ -95,9 +97,9 @@ def _apply_linear(module: Any, name: str, rows: Tensor, counts: Sequence[int],
     """[N, in] -> [N, out], rows sorted by expert, with the active changes."""
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    matrices = weight.transpose(1, 2) if module.is_transposed else weight
+    matrices = weight.transpose(1, 2) if module.is_transposed else weight  # [E, out, in]
     found = torch.cat([F.linear(part, matrices[e], None if bias is None else bias[e])
-                       for e, part in enumerate(rows.split(list(counts))) if len(part)])
+                       for e, part in enumerate(rows.split(list(counts))) if len(part)])  # [N, out]
     for parameter, gate, change in acting:
         if parameter == name:
             if gate.token_index is not None:

@@ -3,7 +3,8 @@
 Read `structure.py` (the parts of a model), `attention/packed.py` (attention) and `task_heads.py` (outputs and heads)
 first. `families/causal.py` and `families/encoder.py` build on this file.
 
-Shape letters: T tokens of the row, P predictions, D hidden size, S segments, L columns of a padded row.
+Shape letters: T tokens of the row, P predictions, D hidden size, S segments, C width of a head, L columns of a padded
+row.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class HFModel:
         if self.critic is None or "token_scores" not in needs:
             return self._outputs(inputs, target, needs)
         with self.critic():
-            values = self._outputs(inputs, target, frozenset({"token_scores"})).token_scores
+            values = self._outputs(inputs, target, frozenset({"token_scores"})).token_scores  # [P, C]
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
     def _outputs(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
@@ -251,7 +252,7 @@ class PackedHFModel(HFModel):
         # Transformers passes a four-dimensional mask through unchanged. It is empty, so that a model which would use it
         # instead of the segment tree raises an error.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
-        columns = {name: column[None] for name, column in self._build_arguments(inputs).items()}
+        columns = {name: column[None] for name, column in self._build_arguments(inputs).items()}  # [1, T] or [1, T, D]
         result = self.structure.backbone(**columns, attention_mask=placeholder, segment_tree=inputs.segment_tree,
                                          **arguments, **self.options)
         return result.last_hidden_state[0]  # [T, D]
@@ -260,10 +261,10 @@ class PackedHFModel(HFModel):
         """Every leaf with all its ancestors as one padded row; shared prompts are computed several times."""
         runs, locate = list_leaf_paths(inputs.segment_tree)
         device = inputs.tokens.device
-        mask = to_device(self._build_mask(inputs.segment_tree, runs), device)
+        mask = to_device(self._build_mask(inputs.segment_tree, runs), device)  # [rows, L] or [rows, 1, L, L]
         runs = [to_device(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
-                   for name, column in self._build_arguments(inputs).items()}
+                   for name, column in self._build_arguments(inputs).items()}  # [rows, L] or [rows, L, D]
         result = self.structure.backbone(**columns, attention_mask=mask, **self.options)
         return result.last_hidden_state.flatten(0, 1)[to_device(locate(mask.shape[-1]), device)]  # [T, D]
 
@@ -280,7 +281,7 @@ class PackedHFModel(HFModel):
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
                         torch.tensor([0, 1, 2, 0, 1, 2], device=device), SegmentTree((3, 3), (-1, -1)))
         try:
-            packed, padded = self._run_packed(inputs).float(), self._run_padded(inputs).float()
+            packed, padded = self._run_packed(inputs).float(), self._run_padded(inputs).float()  # [6, D] each
         except LuthierError:
             raise
         except TypeError as error:
@@ -314,7 +315,7 @@ def list_leaf_paths(segment_tree: SegmentTree) -> tuple[list[Tensor], Callable[[
 
     def locate(width: int) -> Tensor:
         positions = torch.full((sum(segment_tree.lengths),), -1)  # [T]
-        for row, run in reversed(list(enumerate(runs))):
+        for row, run in reversed(list(enumerate(runs))):  # reversed: the first path of a token has the last word
             positions[run] = torch.arange(len(run)) + row * width
         return positions
 

@@ -12,7 +12,8 @@ def mix_embeddings(embedding: nn.Module, inputs: Inputs) -> Tensor | None:
     nothing is mixed. Guo et al. 2019 (arXiv:1905.08941). A token whose share is 1 keeps its embedding bit for bit."""
     if inputs.mix is None:
         return None
-    own: Tensor = embedding(inputs.tokens)
+    own: Tensor = embedding(inputs.tokens)  # [T, D]
+    # [T, D] The index -1 is clamped, then its embedding is set to zero.
     other = embedding(inputs.mix.ids.clamp(min=0)) * (inputs.mix.ids >= 0)[:, None]
-    shares = inputs.mix.shares[:, None].to(own.dtype)
-    return shares * own + (1 - shares) * other
+    shares = inputs.mix.shares[:, None].to(own.dtype)  # [T, 1]
+    return shares * own + (1 - shares) * other  # [T, D]

@@ -4,6 +4,8 @@
 Architectures differ only in the names of these modules: a linear layer, a norm, and the projection onto the vocabulary,
 usually the tied embedding with a bias. They are applied to each position separately, so `compute_logprobs` may apply
 them in chunks. The family checks on loading that they reproduce the base's logits.
+
+Shape letters: P positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class MaskedLMHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         for name in self.chain:  # read on every call: a method may have replaced one
-            states = self.model.get_submodule(name)(states)
+            states = self.model.get_submodule(name)(states)  # [P, D], after the last one [P, V]
         return states
 
     @property

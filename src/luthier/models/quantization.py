@@ -8,6 +8,8 @@ Dettmers et al. 2023 (arXiv:2305.14314), sections 3 (NF4) and 3.1 (double quanti
 (arXiv:2208.07339), section 2.1 (rows). Only the linear layers of the backbone are replaced: the embedding, the head and
 the norms are unchanged. Every matrix product dequantizes the weights, forward and backward. So methods that add to a
 frozen layer work, and methods that change the layer's own weights do not.
+
+Shapes: W and `weight` are [out, in] of a linear map, x is [..., in].
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dty
                      device: torch.device | str) -> nn.Module:
     """The quantized layer."""
     import bitsandbytes as bnb
+    # [out, in], [out]
     weight, bias, quantized = linear.weight.detach().to(dtype), linear.bias, None
     shape: dict[str, Any] = {"input_features": linear.in_features, "output_features": linear.out_features,
                              "bias": bias is not None, "device": "meta"}  # avoids random initialization
@@ -163,20 +166,20 @@ class _DequantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: Any) -> Tensor:
         ctx.module = module
-        result = _multiply(x, module.out_features, module, transposed=True)
+        result = _multiply(x, module.out_features, module, transposed=True)  # [..., out]
         return result if bias is None else result.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, bias, _ = ctx.needs_input_grad
         return (_multiply(grad, ctx.module.in_features, ctx.module, transposed=False) if x else None,
-                grad.flatten(0, -2).sum(0) if bias else None, None)
+                grad.flatten(0, -2).sum(0) if bias else None, None)  # [out]
 
 
 def _multiply(x: Tensor, width: int, module: Any, transposed: bool) -> Tensor:
     """x W^T or x W as a new tensor, not a view, so that methods may modify it in place."""
-    result = x.new_empty((*x.shape[:-1], width))
-    weight = _buffer((module.out_features, module.in_features), x.dtype)
+    result = x.new_empty((*x.shape[:-1], width))  # [..., out], or [..., in] backward
+    weight = _buffer((module.out_features, module.in_features), x.dtype)  # [out, in]
     DEQUANTIZERS[type(module.weight).__name__](module, weight)
     torch.mm(x.reshape(-1, x.shape[-1]), weight.T if transposed else weight, out=result.view(-1, width))
     return result
@@ -200,7 +203,7 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     size = shape[0] * shape[1]
     if dtype not in DEQUANT_BUFFER.of or DEQUANT_BUFFER.of[dtype].numel() < size:
         DEQUANT_BUFFER.of[dtype] = torch.empty(size, dtype=dtype)
-    return DEQUANT_BUFFER.of[dtype][:size].view(shape)
+    return DEQUANT_BUFFER.of[dtype][:size].view(shape)  # [out, in]
 
 
 # ---------------------------------------------------------------- dequantization
@@ -217,6 +220,7 @@ def get_dequantizer(module: Any) -> Callable[[], Tensor] | None:
 def _dequantize(module: Any) -> Tensor:
     weight, name = module.weight, type(module.weight).__name__
     dtype = weight.quant_state.dtype if name == "Params4bit" else torch.float32
+    # [out, in]
     found = torch.empty((module.out_features, module.in_features), dtype=dtype, device=weight.device)
     DEQUANTIZERS[name](module, found)
     return found
@@ -225,19 +229,21 @@ def _dequantize(module: Any) -> Tensor:
 def _dequantize_nf4(module: Any, out: Tensor) -> None:
     """In chunks of rows, if rows consist of whole blocks: bitsandbytes allocates its result, which so stays small."""
     from bitsandbytes import functional as bnb
-    packed, state = module.weight.data.view(-1, 1), module.weight.quant_state
-    maxima = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    packed, state = module.weight.data.view(-1, 1), module.weight.quant_state  # [out * in / 2, 1] bytes
+    maxima = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset  # [blocks] float32
     count, width = out.shape
     rows = max(1, CHUNK_WEIGHTS // width) if width % (2 * state.blocksize) == 0 else count
     for start in range(0, count, rows):
         stop = min(count, start + rows)
         part = bnb.QuantState(maxima[start * width // state.blocksize:-(-stop * width // state.blocksize)],
                               (stop - start, width), state.code, state.blocksize, state.quant_type, state.dtype)
+        # [stop - start, in] A byte holds two weights.
         out[start:stop] = bnb.dequantize_4bit(packed[start * width // 2:-(-stop * width // 2)], part)
 
 
 def _dequantize_int8(module: Any, out: Tensor) -> None:
     state, weight = module.state, module.weight  # bitsandbytes' forward moves both from the weight to the state
+    # [out, in] int8, [out] absolute maxima
     rows, scales = (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
     # a product of two dtypes would allocate a wider copy
     out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])

@@ -52,6 +52,7 @@ class TaskHeads:
             self.no_task_head_reason = found
             module = nn.Linear(hidden, head.width)
             with torch.no_grad():
+                # [C, D] From a CPU generator: the same head on every device.
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
                 module.bias.zero_()
             self.modules[head.name] = module.to(device)
@@ -105,7 +106,7 @@ class TaskHeads:
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
         with _without_autocast(states.device):
-            scores: Tensor = module(states.to(next(module.parameters()).dtype))
+            scores: Tensor = module(states.to(next(module.parameters()).dtype))  # [.., C]
         return scores
 
     def compute_outputs(self, row: Tensor, segment_tree: SegmentTree, target: LossInputs, needs: frozenset[str],
@@ -122,35 +123,40 @@ class TaskHeads:
         if needs & (LOG_PROBS | {"states", "token_scores"}):
             made["states"] = states = row.index_select(0, target.state_index)  # [P, D]
             if needs & LOG_PROBS:
+                # [P] each
                 logps, hits, entropies = log_probs(states, target.token_ids, "token_entropies" in needs,
                                                    target.temperature)
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
-                made["token_scores"] = self._compute_scores("token", states)
+                made["token_scores"] = self._compute_scores("token", states)  # [P, C]
         if "pooled" in needs:
+            # [A, D]
             made["pooled"] = pool_states(row, segment_tree, target.labeled_segments, pooling)
         if "scores" in needs:
             own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
+            # [A, C]
             made["scores"] = self._compute_scores("item", pool_states(row, segment_tree, target.labeled_segments, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
 def pool_states(row: Tensor, segment_tree: SegmentTree, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] One state for each item: that of its last token, of its root's first token, or the mean over its path."""
+    # [S] each
     starts, lengths = (to_device(torch.tensor(x), row.device) for x in (segment_tree.starts, segment_tree.lengths))
     if how == "last":
-        return row.index_select(0, (starts + lengths - 1)[items])
+        return row.index_select(0, (starts + lengths - 1)[items])  # [A, D]
     if how == "first":
+        # [S]
         roots = to_device(torch.tensor([segment_tree.find_path(i)[0] for i in range(len(segment_tree.lengths))]),
                           row.device)
-        return row.index_select(0, starts[roots[items]])
+        return row.index_select(0, starts[roots[items]])  # [A, D]
     # One product with [A, T] flags, in float32 or wider. `index_add` would use atomic additions on a GPU: in the row's
     # dtype, and in a different order in every run.
-    segment, _, related = (to_device(x, row.device) for x in describe_segments(segment_tree))
+    segment, _, related = (to_device(x, row.device) for x in describe_segments(segment_tree))  # [T], [S, S]
     wide = torch.promote_types(row.dtype, torch.float32)
     counts = related[items].index_select(1, segment).to(wide)  # [A, T]
     with _without_autocast(row.device):
-        return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
+        return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)  # [A, D]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

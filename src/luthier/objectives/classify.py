@@ -156,21 +156,22 @@ class ClassifyConfig(ObjectiveConfig):
             errors = (scores[:, 0] - target.labels.to(scores.dtype)).square()  # [A]
             return Loss((weights.to(scores.dtype) * errors).sum(), count, sum_and_count({"squared_error": errors}))
         if self.task == "multi":
+            # [A, C]
             losses = F.binary_cross_entropy_with_logits(scores, target.labels.to(scores.dtype), reduction="none")
             correct = ((scores > 0) == (target.labels > 0.5)).all(-1)  # [A]
         elif target.soft_labels.shape[0]:
             shares = target.soft_labels.to(scores.dtype)  # [A, C]
-            class_weights = self._get_class_weights(target).to(scores.dtype)
+            class_weights = self._get_class_weights(target).to(scores.dtype)  # [C]
             losses = F.cross_entropy(scores, shares, class_weights, reduction="none")  # [A]
             weights = get_item_weights(target)  # [A] the losses have the class weights already
             correct = scores.argmax(-1) == self._get_classes(target)  # [A]
         else:
             truth = self._get_classes(target)  # [A] or [P]
-            losses, correct = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth
+            losses, correct = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth  # [A] or [P]
         return Loss((weights.to(scores.dtype) * losses).sum(), count, sum_and_count({"accuracy": correct}))
 
     def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
-        scores = self._get_scores(outputs)
+        scores = self._get_scores(outputs)  # [A, C] or [P, C]
         if not scores.shape[0]:
             return {}
         if self.task == "regression":
@@ -181,6 +182,7 @@ class ClassifyConfig(ObjectiveConfig):
             predicted, truth = scores > 0, target.labels > 0  # [A, C] bool
             macro, micro = metrics.compute_f1((predicted & truth).sum(0), truth.sum(0), predicted.sum(0))
             return {"f1_macro": macro, "f1_micro": micro}
+        # [C, C]
         matrix = metrics.compute_confusion_matrix(self._get_classes(target), scores.argmax(-1), scores.shape[1])
         macro, micro = metrics.compute_f1(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
         cells = {f"confusion_{i}_{j}": float(matrix[i, j]) for i, j in matrix.nonzero().tolist()}
@@ -207,14 +209,14 @@ class ClassifyConfig(ObjectiveConfig):
         if self.task == "regression":
             return get_item_weights(target)
         assert self.class_weights != "balanced", "`with_labels` replaces it by numbers"
-        weights = self._get_class_weights(target)
+        weights = self._get_class_weights(target)  # [C]
         if target.soft_labels.shape[0]:
-            return target.soft_labels @ weights * get_item_weights(target)
+            return target.soft_labels @ weights * get_item_weights(target)  # [A, C] @ [C] -> [A]
         if self.task == "multi":
             assert target.labels.shape[1:] == weights.shape, "one flag for each class"
-            return weights * get_item_weights(target)[:, None]
+            return weights * get_item_weights(target)[:, None]  # [A, C]
         row_weights = target.weights if self.task == "tokens" else get_item_weights(target)  # [P] or [A]
-        return weights[self._get_classes(target)] * row_weights
+        return weights[self._get_classes(target)] * row_weights  # [A] or [P]
 
     def _get_class_weights(self, target: LossInputs) -> Tensor:
         """[C] u_c."""

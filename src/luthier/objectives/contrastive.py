@@ -69,9 +69,9 @@ def infonce_loss(similar: Tensor, positive: Tensor, symmetric: bool, excluded: T
         excluded: [N, M] bool, pairs that are not negatives; see `find_false_negatives`.
     """
     anchor, other = positive.nonzero(as_tuple=True)  # [number of positives]
-    right = similar[anchor, other]
+    right = similar[anchor, other]  # [number of positives]
     if excluded is not None:
-        similar = similar.masked_fill(excluded & ~positive, -torch.inf)
+        similar = similar.masked_fill(excluded & ~positive, -torch.inf)  # [N, M] e^-inf = 0 in the sum
     negatives = similar.masked_fill(positive, -torch.inf).logsumexp(1)  # [N]
     terms = F.softplus(negatives[anchor] - right)  # [number of positives]
     if symmetric:
@@ -252,7 +252,7 @@ class ContrastiveConfig(ObjectiveConfig):
     def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         states = self._normalize_states(outputs)  # [A, D]
         if self.loss == "cosent":
-            cosines, scores = self._compute_pair_cosines(states, target)
+            cosines, scores = self._compute_pair_cosines(states, target)  # [G] each
             return {"spearman": compute_spearman(cosines, scores), "pearson": compute_pearson(cosines, scores)}
         if self.loss == "supcon":
             same = target.labels[:, None] == target.labels[None, :]  # [A, A]
@@ -307,7 +307,7 @@ def _compute_products(a: Tensor, b: Tensor) -> Tensor:
 
 def _build_pair_table(target: LossInputs) -> Tensor:
     """[G, 2] the items of each group. Raises `DataError` if a group does not have two."""
-    table = build_group_table(target)
+    table = build_group_table(target)  # [G, K]
     if table.shape[1] != 2 or bool((table < 0).any()):
         raise DataError("contrastive (loss: cosent): an example does not have two texts",
                         "give two texts and their similarity score in every row")

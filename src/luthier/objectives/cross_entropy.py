@@ -40,7 +40,7 @@ class CrossEntropyConfig(ObjectiveConfig):
     required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
 
     def count(self, target: LossInputs) -> float:
-        return float(target.weights.double().sum())
+        return float(target.weights.double().sum())  # float64: a float32 sum of many weights would round
 
     def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None

@@ -74,8 +74,9 @@ class GrpoConfig(OnlineRLConfig):
     def compute_advantages(self, rewards: Tensor, lengths: Tensor, rollout: TokenValues,
                            kl_coef: float) -> dict[str, Tensor]:
         """`advantages` [M] of rewards [N]; see the table above."""
+        # [prompts, K]
         advantages = compute_group_advantages(rewards.view(-1, self.num_generations), self.advantage_estimator)
-        return {"advantages": broadcast_to_tokens(advantages.flatten(), lengths)}
+        return {"advantages": broadcast_to_tokens(advantages.flatten(), lengths)}  # [N] -> [M]
 
     def update_kl_coef(self, kl_coef: float, kl: float) -> float:
         return kl_coef
@@ -95,11 +96,11 @@ class GrpoConfig(OnlineRLConfig):
         if self.beta:
             assert outputs.reference_logps is not None
             kl = estimate_kl(logps, outputs.reference_logps)  # [P]
-            losses = losses + self.beta * kl
+            losses = losses + self.beta * kl  # [P]
             metrics["kl_loss"] = kl.detach().sum()
         if self.advantage_estimator == "grpo":
             lengths = torch.bincount(target.item_of, minlength=len(target.labeled_segments))  # [A] tokens of each one
-            losses = losses / lengths[target.item_of]
+            losses = losses / lengths[target.item_of]  # [P] every completion counts the same, whatever its length
         n = float(logps.shape[0])
         return Loss(losses.sum(), torch.tensor(self.count(target)),
                     {name: (total, n) for name, total in metrics.items()})
@@ -107,7 +108,8 @@ class GrpoConfig(OnlineRLConfig):
 
 def compute_group_advantages(rewards: Tensor, estimator: str) -> Tensor:
     """[prompts, K] rewards -> [prompts, K] advantages; see the table above. The std is the unbiased one."""
-    centered = rewards - rewards.mean(1, keepdim=True)
+    centered = rewards - rewards.mean(1, keepdim=True)  # [prompts, K]
     if estimator == "rloo":  # K / (K - 1) times the distance to the mean is the distance to the mean of the others
         return centered * (rewards.shape[1] / (rewards.shape[1] - 1))
+    # 1e-4 as in TRL: where all rewards of a prompt are equal, the std is 0.
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if estimator == "grpo" else centered

@@ -66,6 +66,7 @@ class KtoConfig(ObjectiveConfig):
                             "divergence from the reference cannot be estimated",
                             "give at least two rows with different completions")
         weights = get_item_weights(target).to(ratios.dtype)  # [A]
+        # Clamped: the estimate of a KL divergence can be negative, the divergence cannot.
         z0 = ((weights * ratios.detach())[mismatched].sum() / weights[mismatched].sum()).clamp(min=0)  # []
         desirable_losses = weights[desirable] * (1 - torch.sigmoid(self.beta * (ratios[desirable] - z0)))
         undesirable_losses = weights[undesirable] * (1 - torch.sigmoid(self.beta * (z0 - ratios[undesirable])))

@@ -39,7 +39,7 @@ def compute_mcc(matrix: Tensor) -> float:
 def compute_pearson(x: Tensor, y: Tensor) -> float:
     """Linear correlation of two [N], -1 to 1; 0 where one of them is constant."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()  # [N]
-    squares = (x @ x) * (y @ y)
+    squares = (x @ x) * (y @ y)  # []
     return float(x @ y / squares.sqrt()) if squares > 0 else 0.0
 
 

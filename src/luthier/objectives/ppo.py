@@ -91,7 +91,7 @@ class PpoConfig(OnlineRLConfig):
         logps, values = rollout["old_logps"], rollout["old_values"]  # [M]
         token_rewards = torch.zeros_like(logps)  # [M]
         if self.kl_coef and self.kl_penalty_in == "reward":
-            token_rewards -= kl_coef * (logps - rollout["reference_logps"])
+            token_rewards -= kl_coef * (logps - rollout["reference_logps"])  # [M]
         token_rewards[lengths.cumsum(0) - 1] += rewards.to(token_rewards.dtype)  # at the last token of each
         advantages = compute_gae(token_rewards, values, lengths, self.gamma, self.gae_lambda)  # [M]
         # Returns are those of the advantages before whitening: the critic predicts rewards in their own unit.
@@ -124,16 +124,16 @@ class PpoConfig(OnlineRLConfig):
         if self.cliprange_value is not None:
             old_values = rollout["old_values"]  # [P]
             near = old_values + (values - old_values).clamp(-self.cliprange_value, self.cliprange_value)
-            error = torch.maximum(error, (near - returns) ** 2)
+            error = torch.maximum(error, (near - returns) ** 2)  # [P] the larger one: clipping never lowers the loss
         losses = policy_loss + self.vf_coef * error / 2  # [P]
         if self.entropy_coef:
             assert outputs.token_entropies is not None
-            losses = losses - self.entropy_coef * outputs.token_entropies
+            losses = losses - self.entropy_coef * outputs.token_entropies  # [P]
             metrics["entropy"] = (weights * outputs.token_entropies.detach()).sum()
         if "reference_logps" in self.required_outputs:
             assert outputs.reference_logps is not None
             kl = estimate_kl(logps, outputs.reference_logps)  # [P]
-            losses = losses + rollout["kl_coef"] * kl
+            losses = losses + rollout["kl_coef"] * kl  # [P]
             metrics["kl_loss"] = (weights * kl.detach()).sum()
         return Loss((weights * losses).sum(), n, {name: (total, n) for name, total in metrics.items()})
 
@@ -166,4 +166,4 @@ def whiten(values: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1."""
     if values.numel() < 2:
         return torch.zeros_like(values)
-    return (values - values.mean()) / (values.var() + 1e-8).sqrt()
+    return (values - values.mean()) / (values.var() + 1e-8).sqrt()  # [M]

@@ -153,6 +153,7 @@ def compute_completion_logps(logps: Tensor, target: LossInputs, mean: bool) -> T
     weights = target.weights.to(logps.dtype)  # [P]
     total = logps.new_zeros(items + 1).index_add(0, owner, weights * logps)  # [A + 1]
     if mean:
+        # [A + 1] Clamped: the row that is dropped may have no weight.
         total = total / logps.new_zeros(items + 1).index_add(0, owner, weights).clamp(min=torch.finfo(logps.dtype).tiny)
     return total[:items]  # [A]
 
@@ -187,7 +188,7 @@ class PreferenceConfig(ObjectiveConfig):
         return float(self._get_pair_weights(target).sum())
 
     def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
-        logps = self.build_pairs(outputs, target)
+        logps = self.build_pairs(outputs, target)  # [N] each
         losses = self.compute_pair_losses(logps)  # [N]
         weights = self._get_pair_weights(target)  # [N]
         return Loss((weights.to(losses.dtype) * losses).sum(), weights.sum(), self.compute_metrics(logps))

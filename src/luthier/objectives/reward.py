@@ -107,6 +107,7 @@ class RewardConfig(ObjectiveConfig):
         return float(get_group_weights(target, compare_ranks(target)[0]).sum())
 
     def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
+        # [G, K] three times, [G, K, K]
         table, scores, margins, better = self._arrange_scores(outputs, target)
         ranking_loss = plackett_luce_loss if self.ranking == "plackett_luce" else all_pairs_loss
         losses = ranking_loss(scores, margins, better)  # [G]
@@ -121,7 +122,7 @@ class RewardConfig(ObjectiveConfig):
 
     def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         _, scores, _, better = self._arrange_scores(outputs, target)
-        group, i, j = better.nonzero(as_tuple=True)
+        group, i, j = better.nonzero(as_tuple=True)  # [N] each
         return compute_calibration(torch.sigmoid(scores[group, i] - scores[group, j]))
 
     def _arrange_scores(self, outputs: Outputs, target: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

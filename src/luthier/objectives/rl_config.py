@@ -83,7 +83,7 @@ class OnlineRLConfig(ObjectiveConfig):
 
 def broadcast_to_tokens(values: Tensor, lengths: Tensor) -> Tensor:
     """[N] -> [M]: the value of each completion, repeated for each of its tokens."""
-    return torch.repeat_interleave(values, lengths)
+    return torch.repeat_interleave(values, lengths)  # [M]
 
 
 def estimate_kl(logps: Tensor, reference: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def estimate_kl(logps: Tensor, reference: Tensor) -> Tensor:
     It is never negative, and its mean over samples of the policy is the KL divergence. Shao et al. 2024
     (arXiv:2402.03300), eq. 4.
     """
-    log_ratio = reference - logps
-    return log_ratio.exp() - log_ratio - 1
+    log_ratio = reference - logps  # [P]
+    return log_ratio.exp() - log_ratio - 1  # [P]
 
 
 def compute_clipped_surrogate(logps: Tensor, old: Tensor, advantages: Tensor, low: float,

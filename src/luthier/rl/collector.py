@@ -114,7 +114,7 @@ class RolloutCollector:
 
     def collect(self, policy: Family) -> RolloutBatch:
         """Complete the next prompts with the policy, dropout off, and score the completions."""
-        selected = self._next_prompts()
+        selected = self._next_prompts()  # [n] prompts; N = n * num_generations
         self.rollouts += 1
         scored = self._sample_and_score(policy, [self.prompts[i] for i in selected], self.objective.num_generations,
                                         self.seed * 1_000_003 + self.rollouts, self.objective.rollout_outputs)
@@ -123,6 +123,7 @@ class RolloutCollector:
         advantages = self.objective.compute_advantages(rewards, lengths, scored.token_values, self.kl_coef)  # [M] each
         metrics = _compute_metrics(scored) | _compute_reward_std(scored.rewards, self.objective.num_generations)
         if "kl" in metrics:
+            # The coefficient that this rollout used is logged; the updated one is for the next.
             metrics["kl_coef"] = self.kl_coef
             self.kl_coef = self.objective.update_kl_coef(self.kl_coef, metrics["kl"])
         samples = [{"prompt": completion.prompt, "answer": completion.text, "reward": reward}
@@ -180,6 +181,7 @@ class RolloutCollector:
             rewards = compute_rewards(completions, self.rewards)
             token_values = self._compute_token_values(policy, prompts, completions, outputs)
         penalty = self.objective.missing_eos_penalty
+        # After the rewards are computed: a reward never sees the penalty.
         rewards = [r - penalty * (not c.finished) for c, r in zip(completions, rewards, strict=True)]
         return ScoredCompletions(completions, rewards, token_values)
 
@@ -215,18 +217,18 @@ class RolloutCollector:
             assert found.token_logps is not None
             values = {"old_logps": found.token_logps}  # [P] each
             if found.token_scores is not None:
-                values["old_values"] = found.token_scores[:, 0]
+                values["old_values"] = found.token_scores[:, 0]  # [P]
             if found.token_entropies is not None:
-                values["entropies"] = found.token_entropies
+                values["entropies"] = found.token_entropies  # [P]
             if "reference_logps" in outputs:
                 with self.reference():
                     logps = policy.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
                 assert logps is not None
-                values["reference_logps"] = logps
+                values["reference_logps"] = logps  # [P]
             for name, of_batch in values.items():
                 whole = token_values.setdefault(name, torch.zeros(sum(map(len, token_ids)),
                                                                   dtype=found.token_logps.dtype))  # [M]
-                whole[token_index] = of_batch.to(whole)
+                whole[token_index] = of_batch.to(whole)  # [P] of the M tokens
         return token_values
 
 
@@ -240,8 +242,9 @@ def _compute_metrics(scored: ScoredCompletions) -> dict[str, float]:
                "completion_length": sum(len(completion.token_ids) for completion in scored.completions) / count,
                "eos_rate": sum(completion.finished for completion in scored.completions) / count}
     if "entropies" in values:
-        metrics["entropy"] = float(values["entropies"].double().mean())
+        metrics["entropy"] = float(values["entropies"].double().mean())  # [M] -> []
     if "reference_logps" in values:
+        # In float64: a sum over all M tokens, of differences that are close to zero.
         metrics["kl"] = float((values["old_logps"] - values["reference_logps"]).double().sum()) / count
     return metrics
 
@@ -251,7 +254,7 @@ def _compute_reward_std(rewards: Sequence[float], num_generations: int) -> dict[
     table = torch.tensor(rewards, dtype=torch.float64).view(-1, num_generations)  # [prompts, completions of each]
     metrics = {"reward_std": float(table.std()) if table.numel() > 1 else 0.0}
     if num_generations > 1:
-        is_flat = table.amax(1) - table.amin(1) <= MIN_REWARD_SPREAD
+        is_flat = table.amax(1) - table.amin(1) <= MIN_REWARD_SPREAD  # [prompts]
         metrics["frac_reward_zero_std"] = float(is_flat.double().mean())
     return metrics
 

@@ -37,10 +37,10 @@ class RolloutBatch:
     """
 
     number: int
-    prompts: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-    rewards: tuple[float, ...]
-    token_values: Mapping[str, Tensor]
+    prompts: tuple[int, ...]  # [n]
+    completions: tuple[tuple[int, ...], ...]  # [N]
+    rewards: tuple[float, ...]  # [N]
+    token_values: Mapping[str, Tensor]  # name -> [M]
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
 
@@ -86,17 +86,18 @@ def build_micro_batches(prompts: Sequence[TokenizedExample], completions: Sequen
             size = len(completions[n])
             if not groups or size > available:
                 groups.append([])
-                available = max_tokens - len(prompt)
+                available = max_tokens - len(prompt)  # every part repeats the prompt
             groups[-1].append(n)
             available -= size
         trees += [(_build_tree(prompts[index], completions, rewards, group), group) for group in groups]
     micro_batches = []
     for row in assign_rows([tree for tree, _ in trees], max_tokens):
+        # In the order of the row: `build_batch` lists the predictions of its trees one after another.
         owners = [n for i in row for n in trees[i][1]]
         token_index = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in owners])  # [P]
         batch = build_batch([trees[i][0] for i in row])
         batch = replace(batch, target=replace(batch.target, temperature=temperature))
-        micro_batches.append((batch, torch.from_numpy(token_index)))
+        micro_batches.append((batch, torch.from_numpy(token_index)))  # [P]
     return micro_batches
 
 

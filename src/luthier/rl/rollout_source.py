@@ -64,9 +64,10 @@ class RolloutSource:
         objective, count = self.collector.objective, len(rollout.prompts)
         steps: list[list[int]] = []
         for epoch in range(objective.epochs_per_rollout):
+            # From the rollout's number, not from a running generator: a resumed run has the same order.
             order = np.random.default_rng([self.collector.seed, rollout.number, epoch]).permutation(count)
             parts = np.array_split(order, min(objective.num_mini_batches, count))
-            steps += [sorted(part.tolist()) for part in parts]
+            steps += [sorted(part.tolist()) for part in parts]  # sorted: only the division into steps is random
         return steps
 
     def _build_step(self, rollout: RolloutBatch, selected: Sequence[int]) -> list[Batch]:
@@ -75,7 +76,7 @@ class RolloutSource:
         micro_batches = build_micro_batches(prompts, rollout.completions, rollout.rewards, selected,
                                             self.collector.max_tokens, self.collector.objective.temperature)
         return [replace(batch, target=replace(batch.target, precomputed={
-            name: values[token_index] for name, values in rollout.token_values.items()}))
+            name: values[token_index] for name, values in rollout.token_values.items()}))  # [P]
             for batch, token_index in micro_batches]
 
     def take_metrics(self) -> Mapping[str, float]:

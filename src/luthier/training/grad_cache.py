@@ -9,6 +9,9 @@ arXiv:2101.06983):
 
 The result equals that of the whole batch at once, for the memory of one part and a second forward pass. With several
 ranks, every rank computes the loss over all outputs and backpropagates through its own parts.
+
+Shape letters, as in `core/types.py`: the outputs of a part are [P, ...] or [A, ...], and are joined along this
+dimension.
 """
 
 from __future__ import annotations
@@ -48,14 +51,14 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
         return part.total.detach() / count, part.metrics
     states, outputs = [], []
     for batch in mine:
-        states.append(rng.capture_rng_state(device))
+        states.append(rng.capture_rng_state(device))  # dropout must repeat in the second pass
         with torch.no_grad(), autocast():
-            outputs.append(forward(batch))
-    leaves = [_detach_outputs(output) for output in outputs]
+            outputs.append(forward(batch))  # values only, no graph
+    leaves = [_detach_outputs(output) for output in outputs]  # of these the loss takes its gradient
     mine_now = [(output.tensors(), batch.target) for output, batch in zip(outputs, mine, strict=True)]
-    others = process_group.all_gather_others(mine_now, device)
+    others = process_group.all_gather_others(mine_now, device)  # constants here: their own rank has their graph
     if not mine:
-        return torch.zeros((), device=device), {}
+        return torch.zeros((), device=device), {}  # a rank without a part
     every = [*zip(leaves, [batch.target for batch in mine], strict=True),
              *((Outputs(**tensors), target) for tensors, target in others)]  # type: ignore[arg-type]
     part = objective(Outputs.concatenate([o for o, _ in every]), LossInputs.concatenate([t for _, t in every]))
@@ -67,7 +70,7 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
             again = forward(batch).tensors()
         pairs = [(again[name], t.grad) for name, t in leaf.tensors().items() if t.grad is not None]
         torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-    rng.restore_rng_state(after)
+    rng.restore_rng_state(after)  # the passes count as one in the sequence of random numbers
     if process_group.get_rank() != 0:  # the sums are over the whole batch, so one rank alone reports them
         return torch.zeros_like(part.total.detach()), {}
     return part.total.detach() / count, part.metrics

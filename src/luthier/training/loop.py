@@ -176,7 +176,7 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
         rollout_metrics = _follow_rollout(job.rollouts, stepped) if job.rollouts else {}
         entry = _LogEntry(summary.steps, stepped, rate, clock, rollout_metrics)
         if pending:
-            previous = _log_step(job, pending, previous)
+            previous = _log_step(job, pending, previous)  # the step before, while this one still runs
         pending = entry
         at_end = summary.steps == total
         evaluates = bool(job.eval_batches) and (summary.steps % eval_every == 0 or at_end)
@@ -185,13 +185,13 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
         if not logs_late or evaluates or saves or summary.stopped:
             previous = _log_step(job, pending, previous)
             pending = None
-        summary.seconds += clock.wall()
+        summary.seconds += clock.wall()  # without evaluations and checkpoints
         if evaluates:
             better = _evaluate(job, summary)
             bad_evaluations = 0 if better else bad_evaluations + 1
             if not at_end:
                 summary.stopped = summary.stopped or _describe_early_stop(job.training, bad_evaluations)
-            saves = saves or better
+            saves = saves or better  # the best weights must be in a checkpoint
         if saves or summary.stopped:
             _save_checkpoint(job, optimizer, summary, bad_evaluations)
     if job.training.load_best_model_at_end and summary.best and summary.best["step"] != summary.steps:
@@ -281,6 +281,7 @@ def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
     metrics = {f"eval_{name}": value for name, value in process_group.broadcast_object(found).items()}
     job.family.train(True)
     if "eval_nll" in metrics:
+        # Clamped: exp overflows float64 above 709.
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))
     if process_group.get_rank() == 0:
         job.log(summary.steps, metrics)

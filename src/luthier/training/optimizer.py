@@ -75,9 +75,9 @@ def compute_lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
     """The learning rate as a fraction of the peak, for the step with this index (from 0) of `total`."""
     warm = config.count_warmup_steps(total)
     if step < warm:
-        return (step + 1) / (warm + 1)
-    done = min(1.0, (step - warm) / max(1, total - warm))
-    fall = 1.0 - config.min_lr_ratio
+        return (step + 1) / (warm + 1)  # above 0: a first step with rate 0 would be wasted
+    done = min(1.0, (step - warm) / max(1, total - warm))  # u
+    fall = 1.0 - config.min_lr_ratio  # 1 - f
     match config.lr_scheduler_type:
         case "constant":
             return 1.0
@@ -98,10 +98,10 @@ def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
     """Add the gradient of one micro-batch to that of the master copy, so that gradients are summed in float32."""
     assert parameter.grad is not None
     if master.grad is None:
-        master.grad = parameter.grad.to(master.dtype)
+        master.grad = parameter.grad.to(master.dtype)  # float32
     else:
         master.grad.add_(parameter.grad)
-    parameter.grad = None
+    parameter.grad = None  # frees the 16-bit gradient as soon as it is added
 
 
 class Optimizer:
@@ -125,11 +125,12 @@ class Optimizer:
         self.parameters = {name: nn.Parameter(parameter.detach().to(torch.float32)) if needs_master(parameter)
                            else parameter for name, parameter in parameters.items()}
         self._copied = {name: parameter for name, parameter in parameters.items() if needs_master(parameter)}
+        # A hook runs as soon as a gradient is complete, so few 16-bit gradients exist at once.
         self._handles = [parameter.register_post_accumulate_grad_hook(partial(_accumulate, self.parameters[name]))
                          for name, parameter in self._copied.items()]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0  # vectors are norm weights and biases
             groups.setdefault((rate(name), decay), []).append(parameter)
         self.device = next(iter(parameters.values())).device
         self.adam = torch.optim.AdamW(
@@ -153,20 +154,22 @@ class Optimizer:
     def clip_grad_norm(self) -> Tensor:
         """Clip the gradient to `config.max_grad_norm`; returns its norm before clipping, a scalar on the device."""
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        return nn.utils.clip_grad_norm_(self.parameters.values(), limit)  # [] on the device
 
     def step(self, norm: Tensor) -> None:
         """Update, unless `norm` is not finite. On a GPU the kernel checks `norm`, so the host does not wait."""
         if self.device.type == "cuda":
+            # [] The fused kernel leaves everything unchanged where it is 1.
             self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            # The gradients are not scaled, so the kernel must not divide them.
             self.adam.grad_scale = None  # type: ignore[attr-defined]
             self.adam.step()
         elif bool(norm.isfinite()):
             self.adam.step()
-        self._write_back()
+        self._write_back()  # before the hooks: they read the updated model
         for hook in self._optimizer_hooks:
             hook.post_step(self._step + 1, self.total, norm.isfinite())
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)  # None, not zeros: the memory is free during the next forward pass
 
     @torch.no_grad()
     def _write_back(self) -> None:

@@ -35,7 +35,7 @@ def async_read(values: Sequence[Tensor | float], device: torch.device) -> Callab
     if device.type != "cuda":
         return lambda: [float(value) for value in values]
     on_device = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]
-    stacked = torch.stack([value.to(torch.float64) for value in on_device])
+    stacked = torch.stack([value.to(torch.float64) for value in on_device])  # [values on the device]
     on_host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)  # only pinned memory is copied to async
     on_host.copy_(stacked, non_blocking=True)
     done = torch.cuda.Event()
@@ -93,9 +93,11 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
         reference: makes the context in which the model is the reference model, for objectives that need one.
     """
     device = family.device
+    # Every world-size-th micro-batch, counted from this rank's number.
     mine = [batch.to(device) for batch in batches[process_group.get_rank()::process_group.get_world_size()]]
-    count = sum(objective.count(batch.target) for batch in batches)
+    count = sum(objective.count(batch.target) for batch in batches)  # over all ranks: each of them has all batches
     assert count > 0, "an encoded example always has a weight above 0"
+    # [] In float64: a sum over many micro-batches would round in float32. MPS has no float64.
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     sums: Sums = {}
     # With in-batch negatives the micro-batches are parts of one sum; otherwise each is a sum of its own.
@@ -104,9 +106,10 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
                                       part, count, device, autocast)
         loss += part_loss
         _add_metrics(sums, metrics)
+    # Before clipping: the norm is that of the whole batch.
     process_group.all_reduce_gradients(optimizer.parameters.values())
-    optimizer.run_pre_step_hook()
-    norm = optimizer.clip_grad_norm()
+    optimizer.run_pre_step_hook()  # after the sum over ranks: a method's own gradient counts once
+    norm = optimizer.clip_grad_norm()  # [] length before clipping
     optimizer.step(norm)
     read = async_read([*(x for pair in sums.values() for x in pair), loss, norm], device)
     return StepResult(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
@@ -133,18 +136,18 @@ def forward_objective(family: Family, objective: Objective, batch: Batch,
 def compute_reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
     """[P] log-probabilities of the reference model, without dropout and without a gradient."""
     training = family.training
-    family.train(False)
+    family.train(False)  # a reference without dropout
     with torch.no_grad(), reference():
         logps = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     family.train(training)
     assert logps is not None
-    return logps
+    return logps  # [P]
 
 
 def _add_metrics(sums: Sums, metrics: Metrics) -> None:
     for name, (total, n) in metrics.items():
         old = sums.get(name, (0.0, 0.0))
-        sums[name] = (old[0] + total, old[1] + n)
+        sums[name] = (old[0] + total, old[1] + n)  # on the device: reading would wait for it
 
 
 @torch.no_grad()

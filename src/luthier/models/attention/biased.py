@@ -57,12 +57,13 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     seen = attention_mask
     if seen is None and causal and query.shape[2] > 1:
         own, back = key.shape[2], key.shape[2] - query.shape[2]
+        # [Q, K] The queries are the last Q of K tokens: the others are in the cache.
         seen = torch.ones(query.shape[2], own, dtype=torch.bool, device=query.device).tril(back)
-    mask = _combine_mask_and_bias(seen, position_bias, before, query)
+    mask = _combine_mask_and_bias(seen, position_bias, before, query)  # broadcasts to [B, H, Q, N + K]
     key, value = (torch.cat([b.to(x).expand(len(x), -1, -1, -1), x], 2)
-                  for b, x in ((before.key, key), (before.value, value)))
+                  for b, x in ((before.key, key), (before.value, value)))  # [B, H, N + K, d]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None  # [B, Q, H, d]
 
 
 def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues,
@@ -70,14 +71,16 @@ def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: Bia
     """[1 or B, H or 1, Q, N + K] The bias plus the mask; virtual keys are visible to every query."""
     n = before.key.shape[2]
     if seen is not None:
-        seen = F.pad(seen, (n, 0), value=True if seen.dtype == torch.bool else 0.0)
+        seen = F.pad(seen, (n, 0), value=True if seen.dtype == torch.bool else 0.0)  # [..., Q, N + K]
     if bias is None:
         return seen
+    # [1 or B, H, Q, N]
     first = bias.new_zeros(1, bias.shape[1], query.shape[2], n) if before.bias is None else before.bias.to(bias)
-    rows = max(len(first), len(bias))
-    whole = torch.cat([x.expand(rows, -1, -1, -1) for x in (first, bias)], 3)
+    rows = max(len(first), len(bias))  # 1 or B
+    whole = torch.cat([x.expand(rows, -1, -1, -1) for x in (first, bias)], 3)  # [rows, H, Q, N + K]
     if seen is None:
         return whole
+    # Not minus infinity: a row that sees nothing would become NaN.
     return whole.masked_fill(~seen, torch.finfo(query.dtype).min) if seen.dtype == torch.bool else whole + seen
 
 

@@ -11,6 +11,7 @@ There are three implementations, two fast ones and a slow reference for the test
     padded       one row per segment with a mask, in `hf_model.py`
 
 Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value heads of width d; result [1, T, H, d].
+B rows of a padded batch, L its tokens, N virtual keys, S segments, Q queries and K keys of one product.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
             key, value, attention_mask = _prepend_rows(before, key, value, attention_mask,
                                                       query.shape[2] if causal else 0)
             causal = False
-        out = attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
+        out = attend(query, key, value, attention_mask, causal, scale, dropout, softcap)  # [B, H, L, d]
     elif attention_cache is not None:
         out = attention_cache.attend(query, key, value, segment_tree, before, scale, sliding_window, softcap)
     elif sliding_window is not None and not causal:
@@ -90,7 +91,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     else:
         out = _attend_per_segment(query, key, value, segment_tree, scale, dropout, sliding_window, softcap, causal,
                                   before)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None  # [1 or B, T or L, H, d]
 
 
 def _cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -121,14 +122,15 @@ def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Te
         return prepend(one, key, value, mask, last)
     sizes = tuple(k.shape[2] for k, _ in before.pairs)
     most, device = max(sizes), key.device
-    index, seen = _index_pairs(before.assignment, sizes, device)
+    index, seen = _index_pairs(before.assignment, sizes, device)  # [B], [B, N]
     joined = []
     for each in zip(*before.pairs, strict=True):  # all keys, all values
-        padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]
+        padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]  # [1, G, N, d] each, N the most
+        # [B, G, N, d] The entry of zeros behind the last pair is for rows without virtual keys.
         joined.append(torch.cat([*padded, torch.zeros_like(padded[0])]).index_select(0, index))
     own = key.shape[2]
     key, value, mask = prepend((joined[0], joined[1]), key, value, mask, last)
-    seen = F.pad(seen, (0, own), value=True)[:, None, None]
+    seen = F.pad(seen, (0, own), value=True)[:, None, None]  # [B, 1, 1, N + L]
     if mask is None or mask.dtype == torch.bool:
         return key, value, seen if mask is None else mask & seen
     return key, value, mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
@@ -137,8 +139,8 @@ def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Te
 @lru_cache(maxsize=4)  # all layers of a step use the same arguments
 def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """[B] the index of each row's pair (one past the last: none), and [B, N] the mask of its virtual keys."""
-    index = torch.tensor([found if found >= 0 else len(sizes) for found in assignment])
-    seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]
+    index = torch.tensor([found if found >= 0 else len(sizes) for found in assignment])  # [B]
+    seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]  # [B, N]
     return index.to(device), seen.to(device)
 
 
@@ -149,17 +151,18 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, segment_tree:
     if causal and before is None:  # virtual keys are assigned by segment index
         segment_tree = _split_long_segments(segment_tree)
     # `split`, not slices: its backward is one concatenation; that of each slice would allocate a full row of zeros.
+    # [1, H or G, L_i, d] for each segment of L_i tokens.
     queries, keys, values = (x.split(segment_tree.lengths, dim=2) for x in (query, key, value))
     outs = []
     for i, q in enumerate(queries):
         path = segment_tree.find_path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
-                                                           torch.cat([values[a] for a in path], 2))
+                                                           torch.cat([values[a] for a in path], 2))  # [1, G, path, d]
         mask = causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
         own = None if before is None else before.get(i)
         if own is not None:
             k, v, mask = prepend(own, k, v, mask, q.shape[2] if causal else 0)
-        outs.append(attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
+        outs.append(attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))  # [1, H, L_i, d]
     # The fused kernel writes [L, H, d] and returns it as a view [H, L, d]; concatenating along L avoids a second copy.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
@@ -186,8 +189,9 @@ def causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Ten
     if q == k and (window is None or k <= window):
         return None
     with torch.inference_mode(False):  # generation may create the cached mask that a backward pass saves later
+        # [q, k] how far a key lies before its query; negative: after it
         behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
-        seen = behind >= 0
+        seen = behind >= 0  # [q, k]
         return seen if window is None else seen & (behind < window)
 
 
@@ -198,15 +202,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                                               scale=scale, enable_gqa=grouped)
     if grouped:  # no fused kernel supports Gemma 2's soft cap
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [1 or B, H, K, d]
+    scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap  # [1 or B, H, Q, K]
     if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()  # [Q, K]
     if mask is not None:
         # Not minus infinity: a padding token outside of every window attends to nothing and would become NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    # In float32: in 16 bits the weights of many keys would not sum to 1.
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+    return F.dropout(weights, dropout) @ v  # [1 or B, H, Q, d]
 
 
 def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, segment_tree: SegmentTree, scale: float,
@@ -215,16 +220,17 @@ def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, segment_tree: 
     varlen_attn = _get_varlen_attention()
     if (varlen_attn is not None and segment_tree.is_flat and query.dtype in (torch.bfloat16, torch.float16)
             and _has_flash(query.device)):
-        bounds = _cumulative_lengths(segment_tree.lengths, query.device)
+        bounds = _cumulative_lengths(segment_tree.lengths, query.device)  # [S + 1]
         longest = max(segment_tree.lengths)
         repeat = query.shape[1] // key.shape[1]
+        # [1, H, T, d]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))  # [T, H, d]
         # (window - 1, 0): that many keys to the left of the token and none to its right; (-1, 0) is causal, (-1, -1) is
         # full attention.
         left, right = -1 if window is None else window - 1, 0 if causal else -1
         out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
-        return out.transpose(0, 1)[None]
+        return out.transpose(0, 1)[None]  # [1, H, T, d]
     from torch.nn.attention.flex_attention import flex_attention
     compiled = _compile_flex(flex_attention)
     mask = _block_mask(segment_tree, window, causal, query.device)
@@ -257,6 +263,7 @@ def _has_flash(device: torch.device) -> bool:
 
 @lru_cache(maxsize=4)  # all layers of a step use the same arguments
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    # [S + 1] The kernel takes int32 only.
     edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return to_device(edges, device)
 
@@ -280,13 +287,14 @@ def describe_segments(segment_tree: SegmentTree) -> tuple[Tensor, Tensor, Tensor
     """A segment tree as tensors: [T] each token's segment, [T] its position in its document, [S, S] whether segment i
     attends to segment j."""
     count = len(segment_tree.lengths)
-    related = torch.zeros(count, count, dtype=torch.bool)
-    offsets = [0] * count
+    related = torch.zeros(count, count, dtype=torch.bool)  # [S, S]
+    offsets = [0] * count  # of each segment: the tokens of its ancestors
     for i in range(count):
         path = segment_tree.find_path(i)
         related[i, list(path)] = True
         offsets[i] = sum(segment_tree.lengths[a] for a in path[:-1])
-    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(segment_tree.lengths))
+    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(segment_tree.lengths))  # [T]
+    # [T]
     place = torch.cat([torch.arange(offset, offset + n) for offset,
                        n in zip(offsets, segment_tree.lengths, strict=True)])
     return segment, place, related

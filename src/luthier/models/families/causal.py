@@ -2,6 +2,8 @@
 
 Read `hf_model.py` (how a row is computed) and `ops/fused_logprobs.py` (log-probabilities) first; this file combines
 them and adds generation.
+
+Shape letters: P predictions, D hidden size.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class CausalLM(PackedHFModel):
         config = model.config.get_text_config()
         self._softcap = get_optional(config, "final_logit_softcapping")
         times, over = (get_optional(config, name) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        # Cohere multiplies the logits, Granite divides them.
         self._scale = float(times) / float(over)
         self._has_sequence_decoder: bool | None = None  # not checked yet
 
@@ -64,7 +67,7 @@ class CausalLM(PackedHFModel):
         if self.structure.head is None:
             MissingLMHead()(states)
         head = self.model.get_output_embeddings()  # read on every call: a method may have replaced it
-        return compute_logprobs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
+        return compute_logprobs(head, states, tokens, self._softcap, self._scale, entropies, temperature)  # [P] each
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:

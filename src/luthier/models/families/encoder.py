@@ -5,7 +5,7 @@ Three things differ from a decoder. Attention is not causal (`attention/packed.p
 from a value other than 0. BERT marks the second of two texts by a token type. With its head (`mlm_head.py`), an encoder
 predicts a masked token at the token's own position.
 
-Shape letters: T tokens of the row, S segments, L columns of a padded row.
+Shape letters: T tokens of the row, S segments, L columns of a padded row, P predictions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ class Encoder(PackedHFModel):
         if segment_tree.is_flat:
             return super()._build_mask(segment_tree, runs)
         # An ancestor does not attend to its descendants, although they share a padded row.
-        segment, _, related = describe_segments(segment_tree)
+        segment, _, related = describe_segments(segment_tree)  # [T], [S, S]
+        # [rows, L] each token's segment, -1 for padding
         rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
-        sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
+        sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]  # [rows, L, L]
+        # [rows, 1, L, L] Padding sees itself: a softmax over nothing would be NaN.
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
 
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
@@ -86,7 +88,7 @@ class Encoder(PackedHFModel):
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        return compute_logprobs(self.mlm_head, states, tokens, entropies=entropies, temperature=temperature)
+        return compute_logprobs(self.mlm_head, states, tokens, entropies=entropies, temperature=temperature)  # [P] each
 
     @torch.no_grad()
     def _check_logits(self, mlm_head: MaskedLMHead) -> None:
@@ -94,9 +96,9 @@ class Encoder(PackedHFModel):
         was_training = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
-        own = self.model(input_ids=row[None]).logits[0].float()
+        own = self.model(input_ids=row[None]).logits[0].float()  # [3, V]
         found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device),
-                                            SegmentTree((3,), (-1,))))).float()
+                                            SegmentTree((3,), (-1,))))).float()  # [3, V]
         self.model.train(was_training)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
@@ -116,14 +118,15 @@ class Encoder(PackedHFModel):
 def compute_token_types(tokens: Tensor, segment_tree: SegmentTree, separator: int) -> Tensor:
     """[T] 1 for tokens after the first separator of their document, 0 for the others: `[CLS] a [SEP]` has type 0, a
     second text and its own `[SEP]` type 1. A `[SEP]` inside a text counts like any other."""
-    found = (tokens == separator).long()
+    found = (tokens == separator).long()  # [T]
+    # [T], [S, S]
     owner, _, related = (to_device(x, tokens.device) for x in describe_segments(segment_tree))
-    own = found.new_zeros(len(segment_tree.lengths)).index_add(0, owner, found)
+    own = found.new_zeros(len(segment_tree.lengths)).index_add(0, owner, found)  # [S] separators of each segment
     # [T] separators before the token in its own segment
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]
     if not segment_tree.is_flat:
-        before = before + ((related * own).sum(1) - own)[owner]
-    return (before > 0).long()
+        before = before + ((related * own).sum(1) - own)[owner]  # [T] and those of the ancestors
+    return (before > 0).long()  # [T]
 
 
 def _find_separator(tokenizer: Any) -> int | None:
@@ -146,11 +149,11 @@ def _detect_position_offset(model: Any) -> int:
     model.eval()
     tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
     stack = model.base_model
-    plain = stack(input_ids=tokens).last_hidden_state.float()
+    plain = stack(input_ids=tokens).last_hidden_state.float()  # [1, 3, D]
     found = None
     for offset in (0, (model.config.pad_token_id or 0) + 1):
-        place = torch.arange(3, device=device)[None] + offset
-        placed = stack(input_ids=tokens, position_ids=place).last_hidden_state.float()
+        place = torch.arange(3, device=device)[None] + offset  # [1, 3]
+        placed = stack(input_ids=tokens, position_ids=place).last_hidden_state.float()  # [1, 3, D]
         if torch.allclose(placed, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
             found = offset
             break

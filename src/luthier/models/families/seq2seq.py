@@ -13,7 +13,7 @@ Relative positions do not support packed rows, so the row is split into padded b
 similar length. Paper: T5, Raffel et al. 2020 (arXiv:1910.10683) section 2.1.
 
 Shape letters: T tokens of the packed row, D hidden size, B rows and L columns of a padded batch, N positions of all
-padded batches.
+padded batches, S segments, V vocabulary, L' columns of a source with its virtual tokens.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Seq2Seq(HFModel):
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError if a token of a source is to be predicted: the encoder attends to all of it."""
         if needs & LOG_PROBS:
+            # Asynchronous: an `if` would wait for the device.
             torch._assert_async(_is_decoder_token(inputs.segment_tree).to(self.device)[target.state_index].all(),
                                 "tokens of a source cannot be predicted")
         return super().forward(inputs, target, needs)
@@ -115,7 +116,7 @@ class Seq2Seq(HFModel):
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] each token's index among all N states
         read, memory = self._run_encoder(inputs, segment_tree, spans, home)
         written = self._run_decoder(inputs.tokens, segment_tree, spans, read, memory, home)
-        return torch.cat([read, written]).index_select(0, home.to(read.device))
+        return torch.cat([read, written]).index_select(0, home.to(read.device))  # [N, D] -> [T, D]
 
     def _run_encoder(self, inputs: Inputs, segment_tree: SegmentTree, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -127,19 +128,22 @@ class Seq2Seq(HFModel):
         roots = [i for i, parent in enumerate(segment_tree.parents) if parent < 0]
         for group in self._group_rows(roots, [segment_tree.lengths[i] for i in roots], segment_tree.adapters,
                                       {i: i for i in roots}):
+            # [B, L] indices into the row
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
-            seen = rows >= 0
-            places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
+            seen = rows >= 0  # [B, L]
+            places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()  # [B, L] each
             given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
             with route_indices(self.router, 0, [segment_tree.adapters[i] for i in group] if segment_tree.adapters
                                else ()):
-                states = self.encoder(**given, attention_mask=mask).last_hidden_state
+                states = self.encoder(**given, attention_mask=mask).last_hidden_state  # [B, L', D]
             virtual = states.shape[1] - rows.shape[1]
+            # [B, L'] indices among all N states
             places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
-            home[rows[seen]] = places[:, virtual:][seen]
+            home[rows[seen]] = places[:, virtual:][seen]  # only of own tokens
+            # Padding follows a source, so its virtual and own tokens come first.
             memory |= {i: line[:virtual + len(spans[i])] for i, line in zip(group, places, strict=True)}
             before += places.numel()
-            found.append(states.flatten(0, 1))
+            found.append(states.flatten(0, 1))  # [B * L', D]
         return torch.cat(found), memory
 
     def _group_rows(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
@@ -169,20 +173,22 @@ class Seq2Seq(HFModel):
         fresh = torch.ones_like(home, dtype=torch.bool)
         sizes = [len(answers[i]) + len(sources[i]) for i in paths]
         for group in self._group_rows([*paths], sizes, segment_tree.adapters, owner):
+            # [B, L] indices into the row
             rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
             for line, i in enumerate(group):
-                new = fresh[answers[i]]
+                new = fresh[answers[i]]  # [tokens of the path] not in an earlier path
                 home[answers[i][new]] = (before + line * rows.shape[1] + torch.arange(len(new)))[new]
                 fresh[answers[i]] = False
             before += rows.numel()
+            # [B, L'] indices among the encoder's states
             memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
-            given = tokens[rows.to(tokens.device).clamp(min=0)]
-            given[:, 0] = self.start
+            given = tokens[rows.to(tokens.device).clamp(min=0)]  # [B, L]
+            given[:, 0] = self.start  # in place of the source's last token
             with route_indices(self.router, 0, [owner[i] for i in group] if segment_tree.adapters else ()):
                 # Padding follows all tokens, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
                                       encoder_hidden_states=_gather_rows(read, memory.clamp(min=0))).last_hidden_state
-            found.append(states.flatten(0, 1))
+            found.append(states.flatten(0, 1))  # [B * L, D]
         return torch.cat(found)
 
     @torch.no_grad()
@@ -191,10 +197,11 @@ class Seq2Seq(HFModel):
         was_training = self.model.training
         self.model.eval()
         row = torch.tensor([1, 2, 3, 2, 3], device=self.device)
+        # [3, V]
         own = self.model(input_ids=row[None, :3], use_cache=False,
                          decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
-        states = self.states(Inputs(row, torch.arange(5, device=self.device), SegmentTree((3, 2), (-1, 0))))
-        found = self.model.get_output_embeddings()(states[2:] * self.scale)
+        states = self.states(Inputs(row, torch.arange(5, device=self.device), SegmentTree((3, 2), (-1, 0))))  # [5, D]
+        found = self.model.get_output_embeddings()(states[2:] * self.scale)  # [3, V] start token, then the target
         self.model.train(was_training)
         if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
@@ -257,26 +264,27 @@ class _Seq2SeqDecodeBatch:
         assert not family.training, "dropout would change the outputs: call train(False) first"
         self.family = family
         rows = [torch.tensor(source, device=family.device) for source in sources]
-        self.mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        self.mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [B, L]
+        # [B, L', D]
         self.read = family.encoder(input_ids=pad_sequence(rows, batch_first=True),
                                    attention_mask=self.mask).last_hidden_state
         described = family.decoder.config
         self.cache = EncoderDecoderCache(DynamicCache(config=described), DynamicCache(config=described))
-        self.tokens = self.mask.new_full((len(rows), 1), family.start)
+        self.tokens = self.mask.new_full((len(rows), 1), family.start)  # [B, 1]
 
     def logits(self) -> Tensor:
         family = self.family
         states = family.decoder(input_ids=self.tokens, encoder_hidden_states=self.read,
                                 encoder_attention_mask=self.mask, past_key_values=self.cache,
-                                use_cache=True).last_hidden_state[:, -1]
-        found: Tensor = family.model.get_output_embeddings()(states * family.scale)
+                                use_cache=True).last_hidden_state[:, -1]  # [B, D]
+        found: Tensor = family.model.get_output_embeddings()(states * family.scale)  # [B, V]
         return found
 
     def append(self, next_tokens: Tensor, kept_rows: Tensor | None) -> None:
         if kept_rows is not None:
             self.cache.batch_select_indices(kept_rows)
             next_tokens, self.mask, self.read = next_tokens[kept_rows], self.mask[kept_rows], self.read[kept_rows]
-        self.tokens = next_tokens[:, None]
+        self.tokens = next_tokens[:, None]  # [B, 1]
 
 
 # ---------------------------------------------------------------- parts
@@ -337,10 +345,10 @@ def _find_start_token(model: Any) -> int:
 
 def _is_decoder_token(segment_tree: SegmentTree) -> Tensor:
     """[T] bool: whether the token has a state of the decoder."""
-    root = torch.tensor([parent < 0 for parent in segment_tree.parents])
-    lengths = torch.tensor(segment_tree.lengths)
-    found = ~root.repeat_interleave(lengths)
-    found[lengths.cumsum(0) - 1] = True
+    root = torch.tensor([parent < 0 for parent in segment_tree.parents])  # [S]
+    lengths = torch.tensor(segment_tree.lengths)  # [S]
+    found = ~root.repeat_interleave(lengths)  # [T]
+    found[lengths.cumsum(0) - 1] = True  # a root's last token has the state of the start token
     return found
 
 
@@ -369,4 +377,4 @@ def _group_by_length(names: Sequence[int], sizes: Sequence[int]) -> list[list[in
 
 def _gather_rows(states: Tensor, rows: Tensor) -> Tensor:
     """[N, D] at indices [B, L] -> [B, L, D]."""
-    return states.index_select(0, rows.flatten()).view(*rows.shape, -1)
+    return states.index_select(0, rows.flatten()).view(*rows.shape, -1)  # [B, L, D]

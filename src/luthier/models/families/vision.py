@@ -62,19 +62,20 @@ class Vision(HFModel):
             return super().states(inputs)
         # Virtual tokens are inserted into every image of a batch, so each adapter's images are a batch of their own.
         assert inputs.images is not None, "a vision base needs images"
-        owner, found = torch.tensor(adapters), []
-        order = owner.argsort(stable=True)
+        owner, found = torch.tensor(adapters), []  # [S]
+        order = owner.argsort(stable=True)  # [S] the order in which the adapters' batches put the images
         for adapter in owner.unique().tolist():
             rows = (owner == adapter).nonzero()[:, 0].to(self.device)
             part = SegmentTree((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
             found.append(super().states(replace(inputs, tokens=inputs.tokens[rows], positions=inputs.positions[rows],
                                                 segment_tree=part, images=inputs.images[rows])))
+        # [S, D] `argsort` of an order is its inverse.
         return torch.cat(found)[order.argsort().to(self.device)]
 
     def _run(self, inputs: Inputs) -> Tensor:
         assert inputs.images is not None, "a vision base needs images"
         assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.segment_tree.lengths), "one token each"
-        return self._run_images(inputs.images)[:, 0]
+        return self._run_images(inputs.images)[:, 0]  # [S, D] of [CLS]
 
     def _run_images(self, images: Tensor) -> Tensor:
         """[S, 1 + patches, D] The states of [S, C, height, width] images."""

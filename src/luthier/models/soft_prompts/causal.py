@@ -14,7 +14,8 @@ padded batch or a cache, gets the states of its own tokens only.
 Documents of one row, or rows of one batch, may use different adapters. Each document then has the virtual tokens of its
 own adapter, and its positions are shifted by their number.
 
-Shape letters: B rows, L tokens of a row as the caller knows it, N virtual tokens, G key-value heads of width d.
+Shape letters: B rows, L tokens of a row as the caller knows it, L' with the virtual ones, N virtual tokens, G key-value
+heads of width d, D hidden size, T tokens of a packed row.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class InjectedKeyValues:
         found = self.pairs.get(module)
         if found is None:
             return None
+        # [1, G, N, d] each
         return VirtualKeyValues([(k[None].to(key), v[None].to(value)) for k, v in found], self.assignment)
 
 
@@ -147,10 +149,10 @@ class CausalInjector:
     # ------------------------------------------------------------ called by methods
 
     def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
-        self._add_injection(Injection("prompt", make, gate, make().shape[0]))
+        self._add_injection(Injection("prompt", make, gate, make().shape[0]))  # [N, D]
 
     def add_prefix(self, make: Callable[[], Sequence[KeyValue]], gate: AdapterGate) -> None:
-        self._add_injection(Injection("prefix", make, gate, make()[0][0].shape[1]))
+        self._add_injection(Injection("prefix", make, gate, make()[0][0].shape[1]))  # [G, N, d]
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
@@ -174,23 +176,25 @@ class CausalInjector:
         recorded = self._record_keys_values([start]).recorded
         if len(recorded) != self._layers:
             raise self._unreachable_error()
-        return [(k[0], v[0]) for k, v in recorded.values()]
+        return [(k[0], v[0]) for k, v in recorded.values()]  # [1, G, N, d] -> [G, N, d] each
 
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         recorded = self._record_keys_values([[token] for token in ids], place, max_modules=1).recorded
         if not recorded:
             raise self._unreachable_error()
         (key, _), = recorded.values()
-        return key.flatten(1)
+        return key.flatten(1)  # [n, G, 1, d] -> [n, G * d] for n token ids
 
     @torch.no_grad()
     def _record_keys_values(self, rows: Sequence[Any], place: int = 0,
                             max_modules: int | None = None) -> KeyValueRecorder:
         """The base's keys and values of rows that begin at position `place`."""
         device = self._device
+        # [B, L]
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
         recorder, was_training = KeyValueRecorder(max_modules), self._backbone.training
         start = self._first + place
+        # [B, L]
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
         try:
@@ -218,7 +222,7 @@ class CausalInjector:
             return None
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache, mask, (rows, width) = kwargs.get("past_key_values"), kwargs.get("attention_mask"), _get_shape(kwargs)
-        seen = cache.get_seq_length() if cache is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0  # tokens of the earlier calls
         plan = plan_injections(self.injections, kwargs.get("segment_tree"), rows)
         # Virtual tokens in the cache that the caller's mask does not include; their rows may have left the batch since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
@@ -234,6 +238,7 @@ class CausalInjector:
                            "pass an attention_mask of [rows, tokens] with every call")
         if not seen:
             self._check_length(kwargs, plan)
+        # In the first call the layout shifts positions behind the prompt; later calls shift them here.
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
         if uneven or any(behind) or kwargs.get("position_ids") is not None:
             kwargs = self._shift_positions(kwargs, [moved[combination] for combination in plan.assignment],
@@ -273,6 +278,7 @@ class CausalInjector:
         found: dict[int, list[KeyValue]] = {}
         for i, combination in enumerate(plan.combinations):
             layers = zip(*(computed[injection] for injection in combination if injection.kind == "prefix"), strict=True)
+            # [G, sum of all N, d] each
             if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
                 found[i] = joined  # type: ignore[assignment]
         order = list(found)
@@ -300,9 +306,11 @@ class CausalInjector:
         positions, segment_tree = kwargs.get("position_ids"), kwargs.get("segment_tree")
         if positions is None:
             start = self._first + seen
+            # [B, L]
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
             return {**kwargs, "position_ids": positions + by[0]}
+        # [B, 1], or [1, T] in a packed row
         further = torch.tensor(by)[:, None] if segment_tree is None else repeat_per_token(by,
                                                                                           segment_tree.lengths)[None]
         return {**kwargs, "position_ids": positions + further.to(self._device, non_blocking=True)}
@@ -311,20 +319,22 @@ class CausalInjector:
         """The call with the virtual tokens inserted."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = self._embedding(kwargs["input_ids"])
+            embeds = self._embedding(kwargs["input_ids"])  # [B, L, D]
         segment_tree, mask = kwargs.get("segment_tree"), kwargs.get("attention_mask")
         sizes = plan.count_tokens("prompt")
         layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
                   if segment_tree is None else
                   layout_packed(segment_tree, sizes, plan.assignment, self._both_ways, embeds.device))
         computed = compute_injected(plan, "prompt")
+        # [all N, D]
         virtual = torch.cat([computed[injection] for combination in plan.combinations for injection in combination
                              if injection in computed])
-        table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
+        table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)  # [B, all N + L, D]
+        # [B, L', D]
         kwargs = {**kwargs, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
         for name in ROW_ARGUMENTS:
             if (column := kwargs.get(name)) is not None:
-                kwargs[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
+                kwargs[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)  # [B, L']
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + layout.position_shift
         if segment_tree is not None:
@@ -337,11 +347,12 @@ class CausalInjector:
         if mask is None:
             return None if live is None else live.long()
         if mask.ndim == 2:
-            longer: Tensor = mask.gather(1, like)
+            longer: Tensor = mask.gather(1, like)  # [B, L']
             return longer if live is None else longer * live
         if not (isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and self._both_ways):
             raise RunError("virtual tokens cannot be inserted into a mask that was precomputed for every layer",
                            "pass a mask of [rows, tokens], and use cache_implementation='dynamic'")
+        # [B, heads or 1, L, L] -> [B, heads or 1, L', L'], first the queries and then the keys.
         mask = mask.gather(2, like[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         longer = mask.gather(3, like[:, None, None, :].expand(*mask.shape[:3], -1))
         return longer if live is None else longer & live[:, None, None]
@@ -351,7 +362,7 @@ def _find_first_token(mask: Tensor | None, rows: Tensor) -> Tensor:
     """[B, 1] The index of each row's first token after padding on its left."""
     if mask is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device)
-    return mask.ne(0).int().argmax(1, keepdim=True)
+    return mask.ne(0).int().argmax(1, keepdim=True)  # the first maximum, so the first token that is not masked
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class InjectionPlan:
     """
 
     combinations: tuple[tuple[Injection, ...], ...]
-    assignment: tuple[int, ...]
+    assignment: tuple[int, ...]  # [S] or [B]
 
     def count_tokens(self, kind: SoftPromptKind) -> list[int]:
         """The number of virtual tokens of a kind in each combination."""
@@ -67,11 +67,12 @@ def plan_injections(injections: Sequence[Injection], segment_tree: SegmentTree |
     for injection in acting:
         for i in _list_targets(injection.gate, places, (0, rows) if segment_tree is None
                                else (1, sum(segment_tree.lengths))):
-            found[i] = (*found[i], injection)
+            found[i] = (*found[i], injection)  # in the order in which the methods were attached
     if segment_tree is not None and any(p >= 0 and found[p] != own for p,
                                         own in zip(segment_tree.parents, found, strict=True)):
         raise RunError("a segment has different virtual tokens than its parent, but virtual tokens apply to whole "
                        "documents", "use one adapter for each document")
+    # In the order of their first use.
     number = {combination: i for i, combination in enumerate(dict.fromkeys(found))}
     return InjectionPlan(tuple(number), tuple(number[combination] for combination in found))
 

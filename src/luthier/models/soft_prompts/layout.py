@@ -37,13 +37,13 @@ class VirtualTokenLayout:
         assignment: for each segment of that tree, the index of its combination.
     """
 
-    source_index: Tensor
-    template: Tensor
-    own_index: Tensor
-    position_shift: Tensor
-    is_token: Tensor | None = None
+    source_index: Tensor  # [B, L']
+    template: Tensor  # [B, L']
+    own_index: Tensor  # [B, L]
+    position_shift: Tensor  # [B, L']
+    is_token: Tensor | None = None  # [B, L']
     segment_tree: SegmentTree | None = None
-    assignment: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()  # segments of the longer row
 
 
 def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int],
@@ -55,17 +55,19 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: S
         assignment: the combination of each row.
         places: the minimum number of virtual positions in every row.
     """
-    device, starts = first.device, [*accumulate(sizes, initial=0)]
+    device, starts = first.device, [*accumulate(sizes, initial=0)]  # where each combination begins in the table
     places = max(places, *(sizes[combination] for combination in assignment))
     n, start = (torch.tensor([values[combination] for combination in assignment], device=device)[:, None]  # [B, 1]
                 for values in (sizes, starts))
-    at, own = (torch.arange(size, device=device) for size in (width + places, width))
-    virtual = (at >= first) & (at < first + places)
+    at, own = (torch.arange(size, device=device) for size in (width + places, width))  # [L'], [L]
+    virtual = (at >= first) & (at < first + places)  # [B, L']
     place = at - first - (places - n)  # [B, L'] index among the row's virtual tokens; below 0 for padding
-    own_index = torch.where(at < first, at, at - places)
+    own_index = torch.where(at < first, at, at - places)  # [B, L'] meant for own tokens only
     full = all(sizes[combination] == places for combination in assignment)
+    # Clamped: padding points at some entry of the table, and `is_token` excludes it.
     return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
                               torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
+                              # [B, L'] A text starts behind its n virtual tokens.
                               torch.where(virtual, place.clamp(min=0), n),
                               None if full else ~virtual | (place >= 0))
 
@@ -88,7 +90,7 @@ def _layout_as_roots(segment_tree: SegmentTree, sizes: Sequence[int], starts: Se
             for combination in dict.fromkeys(assignment)
             if sizes[combination]}
     new, total = list(used), sum(segment_tree.lengths)
-    above = {combination: i for i, combination in enumerate(new)}
+    above = {combination: i for i, combination in enumerate(new)}  # combination -> its new root
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
                for parent, combination in zip(segment_tree.parents, assignment, strict=True)]
     longer = SegmentTree((*(sizes[combination] for combination in new), *segment_tree.lengths),
@@ -96,14 +98,15 @@ def _layout_as_roots(segment_tree: SegmentTree, sizes: Sequence[int], starts: Se
                          (*(segment_tree.adapters[used[combination]] for combination in new),
                      *segment_tree.adapters)
                          if segment_tree.adapters else ())
-    heads = [torch.arange(sizes[combination]) for combination in new]
+    heads = [torch.arange(sizes[combination]) for combination in new]  # [N of it] each
+    # [L], and the number of all virtual tokens.
     row, before = torch.arange(total), sum(sizes[combination] for combination in new)
     source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)),
-                        row + starts[-1]])
+                        row + starts[-1]])  # [L']
     like = torch.cat([*(torch.full_like(head, segment_tree.starts[used[combination]])
-                        for head, combination in zip(heads, new, strict=True)), row])
+                        for head, combination in zip(heads, new, strict=True)), row])  # [L']
     shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment],
-                                                segment_tree.lengths)])
+                                                segment_tree.lengths)])  # [L']
     return _make_layout(device, source, like, row + before, shift, longer, (*new, *assignment))
 
 
@@ -118,7 +121,7 @@ def _layout_in_every_root(segment_tree: SegmentTree, sizes: Sequence[int], start
     for at, length, more, before, combination in zip(segment_tree.starts, segment_tree.lengths, added,
                                                      accumulate(added),
                                                      assignment, strict=True):
-        head, span = torch.arange(more), torch.arange(at, at + length)
+        head, span = torch.arange(more), torch.arange(at, at + length)  # [virtual tokens], [tokens of the segment]
         source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
         own += [span + before]
@@ -135,5 +138,6 @@ def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
 def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor,
                  segment_tree: SegmentTree,
           assignment: tuple[int, ...]) -> VirtualTokenLayout:
+    # [1, L'], and [1, L] for `own`: a packed row has B = 1.
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
     return VirtualTokenLayout(source, like, own, shift, segment_tree=segment_tree, assignment=assignment)

@@ -12,7 +12,7 @@ positions (BART) are added to embeddings, which a prefix does not have: the text
 A prefix's pairs are in the order in which the attentions run: the encoder's layers, then self-attention and
 cross-attention of each decoder layer.
 
-Shape letters: B rows, L tokens of a source, N virtual tokens, H heads of width d.
+Shape letters: B rows, L tokens of a source, N virtual tokens, H heads of width d, D hidden size.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class Seq2SeqInjector:
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
         self._install()
-        tokens = torch.tensor([[*start]], device=self._device)
+        tokens = torch.tensor([[*start]], device=self._device)  # [1, N]
         recorder = KeyValueRecorder()
         with self._base_only():
-            read = self._encoder(input_ids=tokens, virtual=recorder).last_hidden_state
+            read = self._encoder(input_ids=tokens, virtual=recorder).last_hidden_state  # [1, N, D]
             self._modules[self._encoder] = list(recorder.recorded)
             self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=recorder)
         self._modules[self._decoder] = [m for m in recorder.recorded if m not in set(self._modules[self._encoder])]
@@ -101,7 +101,7 @@ class Seq2SeqInjector:
                 if name.rpartition(".")[2] in ("k", "k_proj") and isinstance(module, nn.Linear)}
         if {self._model.get_submodule(name) for name in maps} != set(recorder.recorded):
             raise self._unreachable_error()
-        return [(key[0], value[0]) for key, value in recorder.recorded.values()]
+        return [(key[0], value[0]) for key, value in recorder.recorded.values()]  # [H, N, d] each
 
     @torch.no_grad()
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
@@ -111,7 +111,7 @@ class Seq2SeqInjector:
         with self._base_only(), suppress(RecordingComplete):
             self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=recorder)
         (key, _), = recorder.recorded.values()
-        return key.flatten(1)
+        return key.flatten(1)  # [n, H, 1, d] -> [n, H * d] for n token ids
 
     @property
     def _device(self) -> torch.device:
@@ -158,6 +158,7 @@ class Seq2SeqInjector:
         kwargs = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
+            # [B, N + L]
             kwargs["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
         cache = kwargs.get("past_key_values")
         return (), self._add_prefix_argument(stack, kwargs, 0 if cache is None else int(cache.get_seq_length()))
@@ -172,10 +173,11 @@ class Seq2SeqInjector:
                             f"context of {self._context} tokens", f"set data.max_length to "
                             f"{self._context - len(virtual)} or less, or use fewer virtual tokens "
                             "(method.num_virtual_tokens)")
-        virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
+        virtual = virtual.to(embeds).expand(len(embeds), -1, -1)  # [B, N, D]
         if mask is None:
             return {**kwargs, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
-        source, like = _index_padded(mask, virtual.shape[1])
+        source, like = _index_padded(mask, virtual.shape[1])  # [B, N + L] each
+        # [B, N + L, D]
         embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
         return {**kwargs, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
 
@@ -185,12 +187,14 @@ class Seq2SeqInjector:
         computed = [injection.compute() for injection in self._list_active("prefix")]
         if not computed:
             return kwargs
+        # [H, sum of all N, d] each
         pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*computed,
                                                                                                  strict=True)]
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
         biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], kwargs.get("attention_mask"))
+        # [1, H, N, d] each
         found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
         return {**kwargs, "virtual": InjectedKeyValues(found)}
@@ -201,6 +205,7 @@ class Seq2SeqInjector:
         call has `width` tokens after `seen` earlier ones. T5's first block has the table for all layers. If a row has
         padding on its left (`mask` [B, seen + width]), its tokens are nearer to the prefix."""
         within = [m for m in self._modules[stack] if stack is self._encoder or get_optional(m, "is_causal")]
+        # [B] padding before the text
         left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
         shifted = left is not None and bool(left.any())
         found: dict[nn.Module, Tensor] = {}
@@ -208,10 +213,12 @@ class Seq2SeqInjector:
         for module in within:
             if get_optional(module, "has_relative_attention_bias"):
                 rows, past = (seen + width, n) if shifted else (width, seen + n)
+                # [1, H, rows, n]
                 last = module.compute_bias(rows, n, device=self._device, past_seen_tokens=past)  # type: ignore[operator]
                 if shifted:
                     assert left is not None
-                    place = torch.arange(seen, seen + width, device=left.device) - left[:, None]
+                    place = torch.arange(seen, seen + width, device=left.device) - left[:, None]  # [B, width]
+                    # [B, width, H, n] -> [B, H, width, n] Clamped: padding has no distance of its own.
                     last = last[0].transpose(0, 1)[place.clamp(min=0)].transpose(1, 2)
             if last is not None:
                 found[module] = last
@@ -222,8 +229,8 @@ def _index_padded(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] the source of each
     position (an index into the virtual tokens followed by the row's own tokens), and the own token whose mask it
     uses."""
-    first = mask.ne(0).int().argmax(1, keepdim=True)
-    at = torch.arange(mask.shape[1] + n, device=mask.device)
-    virtual = (at >= first) & (at < first + n)
-    own = torch.where(at < first, at, at - n)
+    first = mask.ne(0).int().argmax(1, keepdim=True)  # [B, 1]
+    at = torch.arange(mask.shape[1] + n, device=mask.device)  # [n + L]
+    virtual = (at >= first) & (at < first + n)  # [B, n + L]
+    own = torch.where(at < first, at, at - n)  # [B, n + L]
     return torch.where(virtual, at - first, own + n), torch.where(virtual, first, own)

@@ -59,19 +59,21 @@ class VisionInjector:
     def typical_embeddings(self, n: int, seed: int) -> Tensor:
         """[n, D] The embeddings of uniform patches; see the module docstring."""
         generator = torch.Generator().manual_seed(seed)
-        colors = torch.randn(n, self._shape[0], generator=generator)
+        colors = torch.randn(n, self._shape[0], generator=generator)  # [n, channels]
+        # [n, channels, height, width]
         pixels = self._zero_pixels(n) + colors.to(self._zero_pixels(1))[:, :, None, None]
         with self._base_only():
-            seen = self._embed(pixels)
+            seen = self._embed(pixels)  # [n, 1 + P, D]
+        # [n] From 1 on: 0 is [CLS].
         places = torch.randint(1, seen.shape[1], (n,), generator=generator).to(seen.device)
-        found: Tensor = seen[torch.arange(n, device=seen.device), places]
+        found: Tensor = seen[torch.arange(n, device=seen.device), places]  # [n, D]
         return found
 
     def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._base_only():
-            seen = self._embed(self._zero_pixels(1))[0]
-            self._record_row(torch.cat([seen, seen[:1].expand(n, -1)]))
+            seen = self._embed(self._zero_pixels(1))[0]  # [1 + P, D]
+            self._record_row(torch.cat([seen, seen[:1].expand(n, -1)]))  # a probe: do the layers take 1 + P + n tokens?
         self._add_injection(Injection("prompt", make, gate, n))
 
     def add_prefix(self, make: Callable[[], Sequence[KeyValue]], gate: AdapterGate) -> None:
@@ -99,7 +101,7 @@ class VisionInjector:
             raise BaseError(f"{type(self._backbone).__name__} does not expose the keys and values of its layers, so a "
                             "prefix is not supported", "use the method prompt, or another base")
         self._modules = list(recorder.recorded)
-        return [(key[0], value[0]) for key, value in recorder.recorded.values()]
+        return [(key[0], value[0]) for key, value in recorder.recorded.values()]  # [G, N, d] each
 
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         raise AssertionError("there is no vocabulary")
@@ -152,6 +154,7 @@ class VisionInjector:
         computed = [injection.compute() for injection in self._list_active("prefix")]
         if not computed:
             return None
+        # [G, sum of all N, d] each
         joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*computed,
                                                                                                     strict=True)]
         pairs = {module: [(key, value)] for module, (key, value) in zip(self._modules, joined, strict=True)}
@@ -160,7 +163,7 @@ class VisionInjector:
     def _insert_prompts(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:
         """[S, 1 + P, D] -> [S, 1 + N + P, D]."""
         virtual = [injection.compute().to(seen).expand(len(seen), -1, -1) for injection in self._list_active("prompt")]
-        return torch.cat([seen[:, :1], *virtual, seen[:, 1:]], 1) if virtual else seen
+        return torch.cat([seen[:, :1], *virtual, seen[:, 1:]], 1) if virtual else seen  # [S, 1 + N + P, D]
 
     def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], result: Any) -> Any:
         n = sum(injection.num_tokens for injection in self._list_active("prompt"))
