@@ -53,7 +53,7 @@ class TrainingConfig(Config):
     early_stopping_patience: int | None = Field(None, ge=1, description="stop after this many evaluations "
                                                 "without a better one")
     load_best_model_at_end: bool = Field(True, description="end with the weights of the best evaluation, not the last")
-    report_to: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+    report_to: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio, mlflow")
 
     @field_validator("report_to", mode="before")
     @classmethod
