@@ -13,7 +13,7 @@ import pytest
 import torch
 from lab import TOKENIZER, apart, attach, digest, documents, logits, measured, stir
 
-from luthier.api.train import count_trainable
+from luthier.assembly.factory import count_trainable
 from luthier.core.errors import BaseError, NotMergeable, RecipeError
 from luthier.data.packing import build_batch
 from luthier.models import CausalLM, ModelConfig, quantization

@@ -15,7 +15,7 @@ import yaml
 from cases import cases
 from luthier import assembly
 from luthier.api.rlhf import plan_stages
-from luthier.api.train import count_trainable
+from luthier.assembly.factory import count_trainable
 from luthier.assembly.recipe import Recipe
 from luthier.cli.main import parse
 from luthier.evaluation.answer_metrics import METRICS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_
 from luthier.assembly.initialization import reference_context
 from luthier.assembly.policy_evaluation import evaluate_policy
 from luthier.assembly.provenance import check_data
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe, list_sources
 from luthier.assembly.run_io import open_run
 from luthier.core.consent import accepts_consent
@@ -25,8 +26,9 @@ from luthier.training.run_folder import Run
 from luthier.training.step import evaluate_batches
 
 
+@accepts_python_values
 @accepts_consent
-def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
+def evaluate(run: Run | Path | str, *, data: Any = None, metrics: Sequence[str] | str = (),
              max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
              quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (),
              **settings: Any) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
 
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
-        data: rows to use in place of the recipe's test (or validation) rows.
+        data: rows in place of the run's own: a path, a list of dictionaries, a `datasets.Dataset` or a DataFrame.
         metrics: scores of generated answers; default: those of the recipe.
         max_samples: only the first so many rows.
         base_model_only: evaluate the base model instead, without the adapter.
@@ -52,12 +54,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         recorded, family, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
-    raw = assembly.dump_recipe(recorded)
-    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # each machine resolves its own
-        raw["training"]["max_tokens_per_micro_batch"] = None
-    if data:
-        raw["data"] |= {"train": data, "test": data, "eval": None}
-    recipe, denied = drop_denied_rewards(assembly.build_recipe(raw, wanted), settings)
+    recipe, denied = _build_recipe(run, recorded, data, wanted)
     for sentence in denied:
         print_line(f"note: {sentence}", quiet=quiet)
     if not data:
@@ -74,8 +71,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
-    if recipe.evaluate.max_samples:
-        encoded = encoded[:recipe.evaluate.max_samples]
+    encoded = encoded[:recipe.evaluate.max_samples or len(encoded)]
     if base_model_only and tuner is None:
         raise RecipeError("the run holds a full model, so it does not contain the base model",
                           f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
@@ -89,12 +85,27 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         else:
             results = add_perplexity(evaluate_batches(family, recipe.objective, batches, reference))
         if recipe.evaluate.metrics:
-            prompts = build_eval_prompts(recipe, family, examples)
-            with Progress(len(prompts), title="answering", quiet=quiet) as bar:
-                scored = evaluate_generations(family, prompts, recipe.evaluate, lambda done, total: bar.update(done))
-            results |= scored.scores
+            results |= _score_answers(recipe, family, examples, quiet)
     measured_on = "data" if data else "test" if datasets.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}
+
+
+def _build_recipe(run: Run, recorded: Recipe, data: str | None,
+                  settings: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The run's recipe with other rows and settings, and a sentence on each reward whose code may not run."""
+    raw = assembly.dump_recipe(recorded)
+    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # each machine resolves its own
+        raw["training"]["max_tokens_per_micro_batch"] = None
+    if data:
+        raw["data"] |= {"train": data, "test": data, "eval": None}
+    return drop_denied_rewards(assembly.build_recipe(raw, settings), settings)
+
+
+def _score_answers(recipe: Recipe, family: Any, examples: Any, quiet: bool) -> dict[str, float]:
+    """The scores of generated answers."""
+    prompts = build_eval_prompts(recipe, family, examples)
+    with Progress(len(prompts), title="answering", quiet=quiet) as bar:
+        return evaluate_generations(family, prompts, recipe.evaluate, lambda done, total: bar.update(done)).scores
 
 
 def _build_reference(run: Run, recorded: Recipe, recipe: Recipe, family: Any, tuner: Any) -> Any:

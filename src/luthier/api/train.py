@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import assembly
+from luthier.api.run import Run
 from luthier.assembly.compatibility import check_dtype
 from luthier.assembly.consent import read_recipe
 from luthier.assembly.factory import (
     build_eval_batches,
     build_eval_prompts,
     check_loaded_model,
+    count_trainable,
     fit_objective,
     load_datasets,
     load_family,
@@ -37,6 +39,7 @@ from luthier.assembly.provenance import (
     record_results,
     record_start,
 )
+from luthier.assembly.python_rows import accepts_python_values, find_kept_rows, keep_rows
 from luthier.assembly.recipe import (
     Recipe,
     compute_default_learning_rate,
@@ -91,16 +94,19 @@ from luthier.training.loop import (
 from luthier.training.memory import configure_malloc, measure_peak_gb
 from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
-from luthier.training.run_folder import Run
 from luthier.training.run_lock import create_numbered_folder, lock_run
 from luthier.training.step import Reference
-from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
+from luthier.training.trackers import JsonLines, Tracker, check_trackers, log_to_all, open_trackers
 
 
+@accepts_python_values
 @accepts_consent
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
           quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (), **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
+
+    `data`, `data.eval` and `data.test` may be rows instead of paths: a list of dictionaries, a `datasets.Dataset` or a
+    pandas DataFrame. They are written to the folder `data` of the run.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` are complete.
@@ -121,16 +127,21 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
+    if resume and config.output_dir:
+        config = find_kept_rows(keep_rows(config, Run(config.output_dir), resume), Run(config.output_dir))
     assembly.rows.check_sources(config.data)
     check_dtype(config.model)
     check_trackers(config.training.report_to)
     run = Run(config.output_dir or _create_run_folder(config))
-    if resume and _is_finished(run.require_exists(), config, quiet):
+    if resume:
+        run.require_exists()
+    if resume and _is_finished(run, config, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
         return run
     with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
         if not resume and process_group.get_rank() == 0:
             run.require_vacant()
+        config = keep_rows(config, run, resume)
         _start_or_resume(config, run, resume, quiet)
         process_group.barrier()
     return run
@@ -202,7 +213,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     job_type: Any = OnlineTrainJob if rollouts else TrainJob
     job = job_type(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
                    recipe.training, recipe.optimizer, rate, run.checkpoints,
-                   reference=reference, log=_log_to_all(*trackers),
+                   reference=reference, log=log_to_all(*trackers),
                    warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), get_record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.StreamingBatchSource):
@@ -251,19 +262,6 @@ class Interrupted(RunError):
         self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
                          f"continue with: luthier train --resume {run.path}")
-
-
-def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
-    """Number and fraction of trainable parameters, among those of the base and of the method."""
-    trained = tuner.parameters()
-    own = {id(p) for p in base.model.parameters()}
-    whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
-    # A quantized weight is one packed parameter; count the weights that it represents.
-    whole += sum(s.in_features * s.out_features - s.weight.numel()
-                 for s in base.structure.linears
-                 if s.dequantize is not None)
-    count = sum(p.numel() for p in trained.values())
-    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
 def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
@@ -319,13 +317,6 @@ def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | Non
     if not saved:
         log.log(0, share)
     return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump_recipe(make_public(recipe)), at)]
-
-
-def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        for tracker in trackers:
-            tracker.log(step, metrics)
-    return log
 
 
 def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None,

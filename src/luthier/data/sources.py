@@ -241,10 +241,10 @@ def _read_hub_dataset(name: str, split: str, subset: str | None, streaming: bool
 
 
 def _number_rows(rows: Any, name: str) -> Rows:
-    named = {column: feature for column, feature in (rows.features or {}).items() if _has_class_names(feature)}
+    named = {column: feature for column, feature in (rows.features or {}).items() if has_class_names(feature)}
     for number, row in enumerate(rows, 1):
         values = {column: _remove_padding(value) for column, value in row.items()}
-        yield build_row(values | {column: _decode_class_names(row[column], feature) for column,
+        yield build_row(values | {column: decode_class_names(row[column], feature) for column,
                                   feature in named.items()},
                         Origin(name, number))
 
@@ -259,7 +259,7 @@ def _remove_padding(value: Any) -> Any:
     return value
 
 
-def _has_class_names(feature: Any) -> bool:
+def has_class_names(feature: Any) -> bool:
     """Whether the data set itself declares the names of the numbers in a column."""
     import datasets
 
@@ -268,10 +268,10 @@ def _has_class_names(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel)
 
 
-def _decode_class_names(value: Any, feature: Any) -> Any:
+def decode_class_names(value: Any, feature: Any) -> Any:
     """The declared names of class numbers. A number that has none, such as the -1 of rows without a label, is none."""
     if isinstance(value, list):
-        return [_decode_class_names(inner, feature.feature) for inner in value]
+        return [decode_class_names(inner, feature.feature) for inner in value]
     if not isinstance(value, int):
         return value
     return feature.names[value] if 0 <= value < len(feature.names) else None
