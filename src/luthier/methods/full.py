@@ -123,3 +123,32 @@ class Full:
     def get_peft_config(self) -> dict[str, Any] | None:
         """None: PEFT has no such format, and the run folder holds the whole model."""
         return None
+
+
+class PartOfBase(Full):
+    """Full fine-tuning of a part of the weights: a run keeps that part alone, as an adapter.
+
+    Args:
+        parameters, keep_base, lr_multipliers: as of `Full`.
+        saved: name in the adapter's file -> parameter; all trained ones, and others that its format needs.
+        config: content of adapter_config.json.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool, lr_multipliers: Mapping[str, float],
+                 saved: dict[str, nn.Parameter], config: dict[str, Any]) -> None:
+        super().__init__(parameters, keep_base, lr_multipliers)
+        self._saved, self._config = saved, config
+
+    def merge(self) -> None:
+        """The trained weights are the base's own, so the base is merged as it is."""
+
+    unmerge = merge
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._saved.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_into(self._saved, state)
+
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return dict(self._config)
