@@ -77,7 +77,7 @@ from luthier.core.types import TokenizedExample
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import EvalPrompt
 from luthier.reporting.model_card import build_model_card
-from luthier.reporting.plots import plot_lengths, plot_loss, plot_metrics
+from luthier.reporting.plots import plot_lengths, plot_metrics, plot_training
 from luthier.reporting.progress import Progress, status
 from luthier.training import checkpoint
 from luthier.training.child_process import end_with_parent_process
@@ -370,7 +370,7 @@ def _finish_run(run: Run, recipe: Recipe, job: TrainJob, summary: TrainResult, p
         results["after"] = pick_score(results["after"], results["metric"])
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
-    plot_loss(run.metrics, run.path / "loss.png")
+    plot_training(run.metrics, run.results, recipe.objective.name, run.path / "loss.png")
     run.write("README.md", build_model_card(collect_model_card_facts(run, run, recipe, base)))
 
 

@@ -59,7 +59,8 @@ class FreezeConfig(Config):
         trained = {name: p for name, p in named.items() if id(p) in trained_ids}
         return PartOfBase(trained, bool(self.keep_base),
                           scale_embedding_lr(structure, trained, self.embedding_lr_multiplier),
-                          {PEFT_PREFIX + name: p for name, p in trained.items()}, build_native_config(self, structure.task))
+                          {PEFT_PREFIX + name: p for name, p in trained.items()},
+                          build_native_config(self, structure.task))
 
     def _select_modules(self, structure: ModelStructure) -> Iterable[nn.Module]:
         blocks = [block.module for block in structure.layers]
