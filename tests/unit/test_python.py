@@ -236,3 +236,38 @@ def test_verbs_run_inside_an_event_loop_and_a_thread(base: Path, tmp_path: Path,
     assert len(found) == 6
     assert found[:3] == found[3:]
     assert len(capfd.readouterr().err.splitlines()) < 60
+
+
+# ---------------------------------------------------------------- methods that train a part of the base
+
+
+@pytest.mark.parametrize("method", ["ln_tuning", "freeze"])
+def test_a_run_on_a_part_of_the_base_goes_on_and_is_a_start(method: str, base: Path, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {"model": base, "data": {"train": ROWS[:6], "test": ROWS[6:]}, "method": method,
+                             "optimizer.learning_rate": 0.02, **FAST}
+    whole = luthier.train(**given, output_dir=tmp_path / "whole")
+    names = {path.name for path in whole.path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not {"config.json", "model.safetensors"} & names
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= whole.results["digests"]["trained"].keys()
+    run = luthier.Run(shutil.copytree(whole.path, tmp_path / "run"))
+    for name in ("results.json", "adapter_model.safetensors"):
+        (run.path / name).unlink()
+    shutil.rmtree(run.path / "checkpoints" / "step-2")
+    luthier.train(run.path / "recipe.yaml", resume=True, quiet=True)
+    files = [one.path / "adapter_model.safetensors" for one in (whole, run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    tuned, bare = (luthier.evaluate(run, base_model_only=only, quiet=True)["loss"] for only in (False, True))
+    assert tuned == pytest.approx(whole.results["test"]["loss"], abs=1e-6)
+    assert bare == pytest.approx(whole.results["test_before"]["loss"], abs=1e-6)
+    later = luthier.train(init_from=run.path, data={"train": ROWS[:6], "test": ROWS[6:]}, output_dir=tmp_path / "later",
+                          **FAST)
+    assert later.results["test_before"]["loss"] == pytest.approx(tuned, abs=1e-6)
+    with pytest.raises(LuthierError, match="nowhere"):
+        luthier.evaluate(run, quiet=True, base_model=tmp_path / "nowhere")
+    data = bytearray(files[1].read_bytes())
+    data[-1] ^= 1
+    files[1].write_bytes(data)
+    luthier.evaluate(run)
+    assert "adapter_model.safetensors has changed since the run ended" in capsys.readouterr().err

@@ -73,7 +73,7 @@ class LoadedModel:
 
 @accepts_consent
 def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
-              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None,
+              max_new_tokens: int = 256, quiet: bool = False, base_model: Path | str | None = None,
               allow_code: Sequence[str] = ()) -> list[ChatSession]:
     """Conversations with a run or a base model: one; with `compare` two, of the base model and of the trained model.
 
@@ -92,7 +92,7 @@ def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | Non
             for bare in ((True, False) if compare else (False,))]
 
 
-def load_for_chat(run: Run, base_model: str | None, quiet: bool) -> LoadedModel:
+def load_for_chat(run: Run, base_model: Path | str | None, quiet: bool) -> LoadedModel:
     """Load a run or a base model, and how its prompts are written."""
     with status("loading the model", quiet=quiet):
         recipe, base, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))

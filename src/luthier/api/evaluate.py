@@ -30,7 +30,7 @@ from luthier.training.step import evaluate_batches
 @accepts_consent
 def evaluate(run: Run | Path | str, *, data: Any = None, metrics: Sequence[str] | str = (),
              max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
-             quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (),
+             quiet: bool = False, base_model: Path | str | None = None, allow_code: Sequence[str] = (),
              **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 

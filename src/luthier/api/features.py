@@ -45,7 +45,7 @@ KINDS = frozenset({"ClassificationExample", "ImageExample"})  # examples with on
 @accepts_python_values
 @accepts_consent
 def extract_features(model: Run | Path | str, data: Any, *, out: Path | str | None = None, quiet: bool = False,
-                     base_model: str | None = None, allow_code: Sequence[str] = (),
+                     base_model: Path | str | None = None, allow_code: Sequence[str] = (),
                      **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
@@ -116,7 +116,7 @@ def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, tru
 # ---------------------------------------------------------------- computing
 
 
-def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str | None,
+def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: Path | str | None,
                           report: Callable[[str], None]) -> tuple[Recipe, Run | None]:
     """The recipe that reads the rows and names the model; and the run, if `base` is one."""
     is_run = any((base / name).exists() for name in ("recipe.yaml", "adapter_config.json"))
@@ -144,7 +144,7 @@ def _describe_features(recipe: Recipe, run: Run | None) -> str:
 
 @torch.no_grad()
 def _compute_features(recipe: Recipe, run: Run | None, quiet: bool,
-                      base_model: str | None) -> tuple[np.ndarray, Labels]:
+                      base_model: Path | str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
         family = open_run(run, False, base_model)[1] if run else load_family(recipe.model)
     with status("reading the data", quiet=quiet):

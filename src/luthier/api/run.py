@@ -26,7 +26,7 @@ class Run(run_folder.Run):
 
     @accepts_consent
     def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 256, temperature: float = 0.0,
-                 top_p: float = 1.0, seed: int = 0, system: str | None = None, base_model: str | None = None,
+                 top_p: float = 1.0, seed: int = 0, system: str | None = None, base_model: Path | str | None = None,
                  allow_code: Sequence[str] = ()) -> Any:
         """The answer to each prompt, computed in batches: a text for one text, a list for a list.
 
@@ -47,7 +47,7 @@ class Run(run_folder.Run):
 
     @accepts_consent
     def chat(self, *, system: str | None = None, temperature: float = 0.0, max_new_tokens: int = 256,
-             base_model: str | None = None, allow_code: Sequence[str] = ()) -> Any:
+             base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> Any:
         """A conversation (`ChatSession`): `say(text)` yields the answer as it is generated, and keeps the history.
 
         Args: as of `generate`.
@@ -60,7 +60,7 @@ class Run(run_folder.Run):
         """Free the memory of the model that `generate` or `chat` has loaded."""
         self._loaded = None
 
-    def _load(self, base_model: str | None) -> Any:
+    def _load(self, base_model: Path | str | None) -> Any:
         from luthier.api.chat import load_for_chat
         if self._loaded is None:
             self._loaded = load_for_chat(self, base_model, quiet=True)

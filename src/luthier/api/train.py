@@ -102,7 +102,8 @@ from luthier.training.trackers import JsonLines, Tracker, check_trackers, log_to
 @accepts_python_values
 @accepts_consent
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
-          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (), **settings: Any) -> Run:
+          quiet: bool = False, base_model: Path | str | None = None, allow_code: Sequence[str] = (),
+          **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
 
     `data`, `data.eval` and `data.test` may be rows instead of paths: a list of dictionaries, a `datasets.Dataset` or a
@@ -133,9 +134,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     check_dtype(config.model)
     check_trackers(config.training.report_to)
     run = Run(config.output_dir or _create_run_folder(config))
-    if resume:
-        run.require_exists()
-    if resume and _is_finished(run, config, quiet):
+    if resume and _is_finished(Run(run.require_exists().path), config, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
         return run
     with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
@@ -275,14 +274,14 @@ def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
 
 
-def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> Recipe:
+def _apply_base_model(recipe: Recipe, base_model: Path | str | None, resume: bool) -> Recipe:
     """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
     if base_model is None:
         return recipe
     if not resume and recipe.init_from is None:
-        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was trained, and "
-                          "this run is new", "name its base as model.name_or_path (--model)")
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
+        raise RecipeError(f"base_model {str(base_model)!r}: it names a base that was moved after a run was trained, "
+                          "and this run is new", "name its base as model.name_or_path (--model)")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base_model),
                                                                           "revision": None})})
 
 

@@ -106,7 +106,7 @@ def describe_base(base: ModelConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- the base
 
 
-def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
+def open_recipe(run: Run, base_model: Path | str | None = None, report: Report = ignore) -> Recipe:
     """The recipe of a run, with its base model found and verified by digest. Code that comes with the base is off,
     unless the present call allows it.
 
@@ -138,9 +138,10 @@ def deny_remote_code(model: ModelConfig, *names: str) -> ModelConfig:
     return model.model_copy(update={"trust_remote_code": False})
 
 
-def check_base(run: Run, base: ModelConfig, base_model: str | None = None, report: Report = ignore) -> ModelConfig:
+def check_base(run: Run, base: ModelConfig, base_model: Path | str | None = None,
+               report: Report = ignore) -> ModelConfig:
     """The base of a run, or `base_model` in its place. Raises `BaseError` where it is not the one trained on."""
-    config = base if base_model is None else base.model_copy(update={"name_or_path": base_model, "revision": None})
+    config = base if base_model is None else base.model_copy(update={"name_or_path": str(base_model), "revision": None})
     kept = read_digests(run)
     if not kept:
         if run.recipe:

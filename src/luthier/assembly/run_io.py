@@ -44,7 +44,7 @@ NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules"
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what puts tokens before a text
 
 
-def open_run(run: Run, whole: bool = False, base_model: str | None = None,
+def open_run(run: Run, whole: bool = False, base_model: Path | str | None = None,
              report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
     """Load a run folder: its recipe, its base model, and the method with its trained weights.
 

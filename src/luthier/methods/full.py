@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.hooks import load_into
+from luthier.methods.hooks import check_state_shapes, load_into
 
 KEEP_BASE_HELP = ("keep a copy of the trained weights' initial values, so that the base can be restored; costs one "
                   "copy in memory. Default: true where the objective needs a reference model (DPO, PPO)")
@@ -149,6 +149,19 @@ class PartOfBase(Full):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self._saved, state)
+
+    @contextmanager
+    def replaced_by(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """While the context is open, the weights are those of another `state()`."""
+        check_state_shapes(self._saved, state)
+        before = {name: parameter.data for name, parameter in self._saved.items()}
+        for name, parameter in self._saved.items():
+            parameter.data = state[name].to(parameter)
+        try:
+            yield
+        finally:
+            for name, parameter in self._saved.items():
+                parameter.data = before[name]
 
     def get_peft_config(self) -> dict[str, Any] | None:
         return dict(self._config)
