@@ -138,7 +138,10 @@ def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run
 
 
 def _format_report(report: Mapping[str, Any]) -> str:
-    lines = ["# Results of each stage", "", "| stage | measure | before | after | steps | seconds |",
+    policies = report["policies"]
+    summary = ", ".join(f"{_format_value(one['reward'])} {ROLES[role]}" for role, one in policies.items())
+    lines = ["# Results of each stage", "", f"Mean reward: {summary}.", "",
+             "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in report):
         one = report[stage]

@@ -19,8 +19,9 @@ from luthier.serving.openai_serving import OpenAIServing
 
 
 @accepts_consent
-def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = "127.0.0.1", port: int = 8000,
-          max_num_seqs: int = 16, quiet: bool = False, base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> None:
+def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = "127.0.0.1",
+          port: int = 8000, max_num_seqs: int = 16, quiet: bool = False,
+          base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> None:
     """Serve until interrupted.
 
     Args:
