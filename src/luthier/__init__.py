@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export",
-           "extract_features", "load_adapters", "paraphrase", "plan", "serve", "train"]
+           "extract_features", "load_adapters", "paraphrase", "plan", "rlhf", "serve", "train"]
 
 if TYPE_CHECKING:
     from luthier.api.compare import compare_methods
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from luthier.api.load_adapters import load_adapters
     from luthier.api.paraphrase import paraphrase
     from luthier.api.plan import plan
+    from luthier.api.rlhf import rlhf
+    from luthier.api.run import Run
     from luthier.api.serve import serve
     from luthier.api.train import train
     from luthier.assembly import Recipe
     from luthier.core.errors import LuthierError
-    from luthier.training.run_folder import Run
 
 # Public name -> the module that defines it.
-_MODULES = {"Recipe": "luthier.assembly", "LuthierError": "luthier.core.errors", "Run": "luthier.training.run_folder",
+_MODULES = {"Recipe": "luthier.assembly", "LuthierError": "luthier.core.errors", "Run": "luthier.api.run",
             "train": "luthier.api.train", "evaluate": "luthier.api.evaluate", "export": "luthier.api.export",
             "extract_features": "luthier.api.features", "load_adapters": "luthier.api.load_adapters",
             "compare_methods": "luthier.api.compare", "paraphrase": "luthier.api.paraphrase",
-            "plan": "luthier.api.plan",
+            "plan": "luthier.api.plan", "rlhf": "luthier.api.rlhf",
             "serve": "luthier.api.serve"}
 
 
@@ -41,3 +42,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     return vars(import_module(_MODULES[name]))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

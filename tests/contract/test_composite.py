@@ -90,7 +90,8 @@ def test_a_setting_of_a_list_says_whose_it_is() -> None:
 
 
 @pytest.mark.parametrize(("parts", "words"), [
-    (["lora", "full"], "whole model"), (["freeze", "lora"], "whole model"), (["prompt", "prefix"], "only one kind"),
+    (["lora", "full"], "own weights"), (["freeze", "lora"], "own weights"),
+    (["bitfit", "ln_tuning"], "own weights"), (["prompt", "prefix"], "only one kind"),
 ])
 def test_parts_that_no_file_could_hold_are_refused(parts: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):

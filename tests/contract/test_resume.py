@@ -323,7 +323,7 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["save_tuned", "plot_loss", "build_model_card"])
+@pytest.mark.parametrize("name", ["save_tuned", "plot_training", "build_model_card"])
 def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
     assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], name, 0)) == -signal.SIGKILL

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from lab import SFT, TOKENIZER, apart, attach, base, digest, documents, logits, measured, stir
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from luthier import assembly
 from luthier.api.export import export
+from luthier.api.load_adapters import load_adapters
 from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotMergeable, RecipeError, RunError
@@ -355,14 +357,32 @@ def test_ln_trains_every_norm(kind: str, biases: bool, names: set[str]) -> None:
     assert len(found) == (5 if kind == "llama" else 10 if biases else 5)
 
 
-@pytest.mark.parametrize("name", ["freeze", "ln_tuning"])
-def test_a_part_of_the_base_is_saved_as_a_whole_model(name: str, tmp_path: Path) -> None:
-    family, origin = base("llama", dtype=torch.float32), save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
-    attached = attach(family, name)
-    run = saved(family, attached, tmp_path / "run", origin, name)
-    _, again, none = open_run(run)
+@pytest.mark.parametrize(("name", "settings"), [
+    ("freeze", {"num_trainable_layers": 1}), ("freeze", {"embeddings": True, "head": True}), ("ln_tuning", {})], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_part_of_the_base_is_saved_alone(name: str, settings: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    family, origin = base(kind, dtype=torch.float32), save_tiny(tmp_path / "base", kind, dtype=torch.float32)
+    bare = logits(family)
+    attached = attach(family, name, **settings)
+    tuned, run = logits(family), saved(family, attached, tmp_path / "run", origin, {"name": name, **settings})
+    recipe = assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})
+    run.write("recipe.yaml", yaml.safe_dump(assembly.dump_recipe(recipe)))
+    assert (tuned - bare).abs().max() > 1e-3
+    file = load_file(run.path / "adapter_model.safetensors")
+    assert sorted(file) == sorted(attached.state())
+    assert sum(tensor.numel() for tensor in file.values()) == sum(p.numel() for p in attached.parameters().values())
+    _, again, tuner = open_run(run)
+    assert torch.equal(logits(again), tuned)
+    assert tuner is not None
+    with tuner.disabled():  # also where training kept no copy of the base
+        assert torch.equal(logits(again), bare)
+    assert torch.equal(logits(again), tuned)
+    whole = export(run.path, "merged", tmp_path / "whole")
+    _, loaded, none = open_run(Run(whole))
     assert none is None
-    assert torch.equal(logits(again), logits(family))
+    assert torch.equal(logits(loaded), tuned)
+    with pytest.raises(RunError, match="cannot share a base model"):
+        load_adapters(str(origin), {"a": run.path})
 
 
 # ---------------------------------------------------------------- runs and exports

@@ -402,6 +402,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora, pissa": ("qwen2", {"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}),
     "experts": ("mixtral", {"name": "lora", "target_modules": ["q", "experts.down_proj"]}),
     "ia3": ("llama", {"name": "ia3"}),
+    "ln_tuning": ("llama", {"name": "ln_tuning"}),
+    "ln_tuning, with biases": ("gpt2", {"name": "ln_tuning"}),
+    "ln_tuning, weights alone": ("gpt2", {"name": "ln_tuning", "biases": False}),
+    "ln_tuning, norms of queries and keys": ("gemma3", {"name": "ln_tuning"}),
     "prompt": ("llama", {"name": "prompt", "num_virtual_tokens": 5}),
     "ptuning": ("llama", {"name": "ptuning", "num_virtual_tokens": 5}),
     "prefix": ("llama", {"name": "prefix", "num_virtual_tokens": 5}),
@@ -415,7 +419,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "trainable_token_indices": {"embed_tokens": [7]}}}),
 }
 OPTIONS = {"prefix, window as long as the context": {"sliding_window": 256}}
-OWN = {"bitfit": "llama", "adapter": "llama", "ln_tuning": "llama"}
+OWN = {"bitfit": "llama", "adapter": "llama", "freeze": "llama"}
 VIRTUAL = ("prompt", "ptuning")
 PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", "adalora")
 

@@ -60,7 +60,7 @@ def test_rows_that_are_held_out_are_not_steps(home: Path) -> None:
 def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
-    def refuse(raw: dict[str, Any], run: Path) -> tuple[int, str]:
+    def refuse(raw: dict[str, Any], run: Path, allow_code: Any) -> tuple[int, str]:
         begun.append(run.name)
         return 2, "error: no place | for it"
 

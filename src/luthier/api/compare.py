@@ -16,8 +16,11 @@ from typing import Any
 
 from luthier import assembly
 from luthier.api.evaluate import evaluate
+from luthier.api.run import Run
 from luthier.assembly.consent import list_code, read_recipe
 from luthier.assembly.method_variants import build_variant
+from luthier.assembly.multi_adapter_loading import display_name
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe
 from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError, RunError
@@ -26,7 +29,6 @@ from luthier.reporting.comparison import format_table
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
-from luthier.training.run_folder import Run
 from luthier.training.run_lock import lock_run
 
 AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settings of the recipe's own rows
@@ -35,16 +37,17 @@ AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settin
 COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
+@accepts_python_values
 @accepts_consent
-def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
-                    out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),
-                    **settings: Any) -> Run:
+def compare_methods(recipe: str | Path | Mapping[str, Any], methods: Sequence[str], *,
+                    retention_data: str | None = None, out: Path | str | None = None, quiet: bool = False,
+                    allow_code: Sequence[str] = (), **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
     Finished runs are kept, so an interrupted comparison continues where it stopped.
 
     Args:
-        recipe: a YAML file; its method and learning rate are ignored.
+        recipe: a YAML file or a mapping; its method and learning rate are ignored.
         methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
         retention_data: rows unrelated to the task, which show what was forgotten: the perplexity of texts and chats,
         or the
@@ -59,9 +62,11 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
     config = read_recipe(recipe, settings)
     variants = {method: build_variant(config, method) for method in methods}
     retention = _load_retention_data(config, retention_data) if retention_data else None
-    folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
+    is_mapping = isinstance(recipe, Mapping)
+    named = display_name(config.model.name_or_path) if is_mapping else Path(str(recipe)).stem
+    folder = Run(out or Path("runs") / f"compare-{named}")
     with lock_run(folder):
-        _compare_variants(folder, str(recipe), config, variants, retention, quiet)
+        _compare_variants(folder, "recipe" if is_mapping else str(recipe), config, variants, retention, quiet)
     return folder
 
 

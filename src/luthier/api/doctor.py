@@ -21,6 +21,7 @@ EXTRAS = {  # extra -> its packages; a test compares it with pyproject.toml
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
     "peft": ("peft",),
     "vision": ("pillow",),
     "quant": ("bitsandbytes",),

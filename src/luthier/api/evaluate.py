@@ -15,6 +15,7 @@ from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_
 from luthier.assembly.initialization import reference_context
 from luthier.assembly.policy_evaluation import evaluate_policy
 from luthier.assembly.provenance import check_data
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe, list_sources
 from luthier.assembly.run_io import open_run
 from luthier.core.consent import accepts_consent
@@ -25,16 +26,17 @@ from luthier.training.run_folder import Run
 from luthier.training.step import evaluate_batches
 
 
+@accepts_python_values
 @accepts_consent
-def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
+def evaluate(run: Run | Path | str, *, data: Any = None, metrics: Sequence[str] | str = (),
              max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
-             quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (),
+             quiet: bool = False, base_model: Path | str | None = None, allow_code: Sequence[str] = (),
              **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
-        data: rows to use in place of the recipe's test (or validation) rows.
+        data: rows in place of the run's own: a path, a list of dictionaries, a `datasets.Dataset` or a DataFrame.
         metrics: scores of generated answers; default: those of the recipe.
         max_samples: maximum number of rows.
         base_model_only: evaluate the base model instead, without the adapter.
@@ -65,8 +67,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "give rows: luthier evaluate RUN --data FILE")
-    if recipe.evaluate.max_samples:
-        encoded = encoded[:recipe.evaluate.max_samples]
+    encoded = encoded[:recipe.evaluate.max_samples or len(encoded)]
     if base_model_only and tuner is None:
         raise RecipeError("the run holds a full model, so it does not contain the base model",
                           f"evaluate the base model itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
@@ -80,10 +81,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         else:
             results = add_perplexity(evaluate_batches(family, recipe.objective, batches, reference))
         if recipe.evaluate.metrics:
-            prompts = build_eval_prompts(recipe, family, examples)
-            with Progress(len(prompts), title="answering", quiet=quiet) as bar:
-                scored = evaluate_generations(family, prompts, recipe.evaluate, lambda done, total: bar.update(done))
-            results |= scored.scores
+            results |= _score_answers(recipe, family, examples, quiet)
     measured_on = "data" if data else "test" if datasets.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}
 
@@ -101,6 +99,13 @@ def _build_eval_recipe(run: Run, recorded: Recipe, data: str | None, settings: M
         own = list_sources(recorded)
         check_data(run, [source for source in list_sources(recipe, "test", "eval") if source in own])
     return recipe
+
+
+def _score_answers(recipe: Recipe, family: Any, examples: Any, quiet: bool) -> dict[str, float]:
+    """The scores of generated answers."""
+    prompts = build_eval_prompts(recipe, family, examples)
+    with Progress(len(prompts), title="answering", quiet=quiet) as bar:
+        return evaluate_generations(family, prompts, recipe.evaluate, lambda done, total: bar.update(done)).scores
 
 
 def _build_reference(run: Run, recorded: Recipe, recipe: Recipe, family: Any, tuner: Any) -> Any:

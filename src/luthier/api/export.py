@@ -36,7 +36,7 @@ NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @accepts_consent
 def export(run: Run | Path | str, to: Form = "merged", out: Path | str | None = None, dtype: Dtype | None = None,
-           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None,
+           lora_rank: int | Literal["auto"] | None = None, *, base_model: Path | str | None = None,
            allow_code: Sequence[str] = ()) -> Path:
     """Write a run as a folder or file atomically, and return its path.
 
@@ -76,7 +76,7 @@ def export(run: Run | Path | str, to: Form = "merged", out: Path | str | None = 
 
 def _write_export(run: Run, to: Form, temporary: Path, out: Path, dtype: Dtype | None,
                   lora_rank: int | Literal["auto"] | None,
-                  base_model: str | None) -> None:
+                  base_model: Path | str | None) -> None:
     """Load the run and write it to `temporary`, which becomes `out`."""
     recipe, base, tuner = open_run(run, to != "adapter", base_model, print_line)
     if to == "adapter" and (tuner is None or tuner.get_peft_config() is None):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from luthier import assembly
 from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
 from luthier.assembly.provenance import open_recipe
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe
 from luthier.assembly.run_io import open_run
 from luthier.core.consent import accepts_consent
@@ -41,15 +42,17 @@ Labels = list[Any]  # for each row: a class name, several of them, a number, or 
 KINDS = frozenset({"ClassificationExample", "ImageExample"})  # examples with one state and one label
 
 
+@accepts_python_values
 @accepts_consent
-def extract_features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
-                     base_model: str | None = None, allow_code: Sequence[str] = (),
+def extract_features(model: Run | Path | str, data: Any, *, out: Path | str | None = None, quiet: bool = False,
+                     base_model: Path | str | None = None, allow_code: Sequence[str] = (),
                      **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:
         model: an alias, a folder, a hub id, or a run folder (then with what it trained).
-        data: rows of texts or images with a label: a class, several, or a number.
+        data: rows of texts or images with a label: a class, several, or a number. A path, a list of dictionaries, a
+            `datasets.Dataset` or a pandas DataFrame.
         allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         out: a `.safetensors` file to cache them in; labels and settings go to a `.json` file of the same name. If the
             file holds the features of the same base, rows and settings, it is read and nothing is computed.
@@ -114,7 +117,7 @@ def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, tru
 # ---------------------------------------------------------------- computing
 
 
-def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str | None,
+def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: Path | str | None,
                           report: Callable[[str], None]) -> tuple[Recipe, Run | None]:
     """The recipe that reads the rows and names the model; and the run, if `base` is one."""
     is_run = any((base / name).exists() for name in ("recipe.yaml", "adapter_config.json"))
@@ -136,13 +139,13 @@ def _describe_features(recipe: Recipe, run: Run | None) -> str:
     if run is None or run.adapter is not None:
         weights.append(assembly.compute_fingerprint(assembly.prepare_folder(recipe.model)))
     rows = compute_path_sha256(Path(data.path)) if Path(data.path).exists() else data.path
-    parts = [weights, rows, base, recipe.data.model_dump_json(exclude={"train"})]
+    parts = [weights, rows, base, recipe.data.model_dump_json(exclude={"train": True, "test": {"path"}})]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @torch.no_grad()
 def _compute_features(recipe: Recipe, run: Run | None, quiet: bool,
-                      base_model: str | None) -> tuple[np.ndarray, Labels]:
+                      base_model: Path | str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
         family = open_run(run, False, base_model)[1] if run else load_family(recipe.model)
     with status("reading the data", quiet=quiet):

@@ -23,7 +23,7 @@ PLOT = "layers.png"
 
 
 @accepts_consent
-def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None,
+def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: Path | str | None = None,
                 allow_code: Sequence[str] = ()) -> dict[str, Any]:
     """Nearest vocabulary entries of virtual tokens before and after training; norm and rank of each LoRA update.
 

@@ -71,7 +71,7 @@ class MultiAdapterModel:
         return [self.family.tokenizer.decode(token_ids[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
-def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:
+def load_adapters(base: Path | str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:
     """Load a base model once, with the adapters of several runs.
 
     Args:
@@ -82,17 +82,17 @@ def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapt
         RunError: a run holds a full model, or its method cannot share the base.
         RecipeError: a run was trained on another base.
     """
-    config = assembly.ModelConfig(name_or_path=base)
+    config = assembly.ModelConfig(name_or_path=str(base))
     family = load_family(config)
     if not isinstance(family, assembly.CausalLM):
-        raise RunError(f"{base!r} is not a causal language model, so it cannot generate answers",
+        raise RunError(f"{str(base)!r} is not a causal language model, so it cannot generate answers",
                        "evaluate its runs one by one: luthier evaluate RUN")
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
     recipes = {name: assembly.load_recipe(run.require_exists()) for name, run in folders.items()}
     for name, recipe in recipes.items():
         if conflict := describe_model_conflict(folders[name], config):
             raise RecipeError(f"the run {name!r} was trained on {recipe.model.name_or_path!r}, not on "
-                              f"{base!r}: {conflict}",
+                              f"{str(base)!r}: {conflict}",
                               "load it with runs of the same base")
     return MultiAdapterModel(family, attach_runs(family, folders),
                              {name: build_prompt_format(run, recipes[name]) for name, run in folders.items()})

@@ -16,7 +16,7 @@ from luthier.training.run_folder import Run
 @accepts_consent
 def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
                    combination_type: Literal["linear", "cat", "svd"] = "linear", rank: int | None = None,
-                   base_model: str | None = None, allow_code: Sequence[str] = ()) -> dict[str, float]:
+                   base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> dict[str, float]:
     """Write one run whose weight update is the weighted sum of the updates of several runs.
 
     Args:

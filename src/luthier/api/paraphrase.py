@@ -31,7 +31,8 @@ PROMPT_TEMPLATE = "Say this in other words, in the same language:\n{text}"
 def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | str = "smollm2",
                prompt_template: Sequence[str] | str = PROMPT_TEMPLATE, max_samples: int | None = None,
                temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 128, batch_size: int = 16,
-               quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = ()) -> dict[str, Any]:
+               quiet: bool = False, base_model: Path | str | None = None,
+               allow_code: Sequence[str] = ()) -> dict[str, Any]:
     """Write the rows of a file with one column paraphrased. Returns counts: rows read, written, unchanged, empty,
     cut off (longer than `max_new_tokens`), unreadable.
 

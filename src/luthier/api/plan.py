@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.api.run import Run
 from luthier.assembly.consent import list_code, read_recipe
 from luthier.assembly.factory import select_device
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import display_name
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
@@ -26,13 +28,13 @@ from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
 from luthier.training.memory import available_memory_gb
-from luthier.training.run_folder import Run
 from luthier.training.run_lock import lock_run
 
 STEPS = 3  # of a trial; the first one is a warm-up and is not timed
 WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
 
 
+@accepts_python_values
 @accepts_consent
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
          out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),

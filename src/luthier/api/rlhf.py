@@ -15,21 +15,23 @@ from typing import Any
 import yaml
 
 from luthier import assembly
+from luthier.api.run import Run
 from luthier.api.train import Interrupted, train
 from luthier.assembly.consent import list_code, require_consent
 from luthier.assembly.policy_evaluation import evaluate_policies
+from luthier.assembly.python_rows import accepts_python_values
 from luthier.assembly.recipe import Recipe
 from luthier.core.consent import accepts_consent
 from luthier.core.consent import allow_code as allow_code_of
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.reporting.plots import plot_rlhf
-from luthier.training.run_folder import Run
 from luthier.training.run_lock import lock_run
 
 STAGES = {"sft": "1-sft", "reward": "2-reward", "ppo": "3-ppo"}
 ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
 
 
+@accepts_python_values
 @accepts_consent
 def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, allow_code: Sequence[str] = (),
          **settings: Any) -> Run:
@@ -136,7 +138,10 @@ def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run
 
 
 def _format_report(report: Mapping[str, Any]) -> str:
-    lines = ["# Results of each stage", "", "| stage | measure | before | after | steps | seconds |",
+    policies = report["policies"]
+    summary = ", ".join(f"{_format_value(one['reward'])} {ROLES[role]}" for role, one in policies.items())
+    lines = ["# Results of each stage", "", f"Mean reward: {summary}.", "",
+             "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in report):
         one = report[stage]

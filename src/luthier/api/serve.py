@@ -19,8 +19,9 @@ from luthier.serving.openai_serving import OpenAIServing
 
 
 @accepts_consent
-def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, max_num_seqs: int = 16,
-          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = ()) -> None:
+def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = "127.0.0.1",
+          port: int = 8000, max_num_seqs: int = 16, quiet: bool = False,
+          base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> None:
     """Serve until interrupted.
 
     Args:
@@ -36,7 +37,8 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         LuthierError: a run cannot be served, or the address cannot be bound.
     """
     check_installed()
-    named = dict(runs) if isinstance(runs, Mapping) else name_runs(runs)
+    named = ({name: str(run) for name, run in runs.items()} if isinstance(runs, Mapping)
+             else name_runs([str(run) for run in runs]))
     bound = open_socket(host, port)
     with status("loading", quiet=quiet):
         serving = OpenAIServing(load_served_models(named, base_model, partial(print_line, quiet=quiet)), max_num_seqs)

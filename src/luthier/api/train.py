@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import assembly
+from luthier.api.run import Run
 from luthier.assembly.compatibility import check_dtype
 from luthier.assembly.consent import read_recipe
 from luthier.assembly.factory import (
@@ -38,6 +39,7 @@ from luthier.assembly.provenance import (
     record_results,
     record_start,
 )
+from luthier.assembly.python_rows import accepts_python_values, find_kept_rows, keep_rows
 from luthier.assembly.recipe import (
     Recipe,
     compute_default_learning_rate,
@@ -75,7 +77,7 @@ from luthier.core.types import TokenizedExample
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import EvalPrompt
 from luthier.reporting.model_card import build_model_card
-from luthier.reporting.plots import plot_lengths, plot_loss, plot_metrics
+from luthier.reporting.plots import plot_lengths, plot_metrics, plot_training
 from luthier.reporting.progress import Progress, status
 from luthier.training import checkpoint
 from luthier.training.child_process import end_with_parent_process
@@ -92,16 +94,20 @@ from luthier.training.loop import (
 from luthier.training.memory import configure_malloc, measure_peak_gb
 from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
-from luthier.training.run_folder import Run
 from luthier.training.run_lock import create_numbered_folder, lock_run
 from luthier.training.step import Reference
 from luthier.training.trackers import JsonLines, Tracker, check_trackers, log_to_all, open_trackers
 
 
+@accepts_python_values
 @accepts_consent
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
-          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (), **settings: Any) -> Run:
+          quiet: bool = False, base_model: Path | str | None = None, allow_code: Sequence[str] = (),
+          **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
+
+    `data`, `data.eval` and `data.test` may be rows instead of paths: a list of dictionaries, a `datasets.Dataset` or a
+    pandas DataFrame. They are written to the folder `data` of the run.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` are complete.
@@ -122,16 +128,19 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
+    if resume and config.output_dir:
+        config = find_kept_rows(keep_rows(config, Run(config.output_dir), resume), Run(config.output_dir))
     assembly.rows.check_sources(config.data)
     check_dtype(config.model)
     check_trackers(config.training.report_to)
     run = Run(config.output_dir or _create_run_folder(config))
-    if resume and _is_finished(run.require_exists(), config, quiet):
+    if resume and _is_finished(Run(run.require_exists().path), config, quiet):
         _print_line(quiet, f"{run.path} is already finished after {run.results['steps']} steps")
         return run
     with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
         if not resume and process_group.get_rank() == 0:
             run.require_vacant()
+        config = keep_rows(config, run, resume)
         _start_or_resume(config, run, resume, quiet)
         process_group.barrier()
     return run
@@ -265,14 +274,14 @@ def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
 
 
-def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> Recipe:
+def _apply_base_model(recipe: Recipe, base_model: Path | str | None, resume: bool) -> Recipe:
     """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
     if base_model is None:
         return recipe
     if not resume and recipe.init_from is None:
-        raise RecipeError(f"base_model {base_model!r} gives the new path of an existing run's base, and this run is "
-                          f"new", "set its base as model.name_or_path (--model)")
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
+        raise RecipeError(f"base_model {str(base_model)!r} gives the new path of an existing run's base, and this run "
+                          "is new", "set its base as model.name_or_path (--model)")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base_model),
                                                                           "revision": None})})
 
 
@@ -360,7 +369,7 @@ def _finish_run(run: Run, recipe: Recipe, job: TrainJob, summary: TrainResult, p
         results["after"] = pick_score(results["after"], results["metric"])
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
-    plot_loss(run.metrics, run.path / "loss.png")
+    plot_training(run.metrics, run.results, recipe.objective.name, run.path / "loss.png")
     run.write("README.md", build_model_card(collect_model_card_facts(run, run, recipe, base)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.initialization import attach_runs
@@ -18,7 +19,7 @@ from luthier.training.run_folder import Run
 
 
 def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], combination_type: CombinationType,
-                   rank: int | None, base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
+                   rank: int | None, base_model: Path | str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the weighted sum of the runs' LoRAs to `out`. Returns its rank and its error relative to the exact sum.
 
     Raises:

@@ -21,6 +21,7 @@ from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family, Tuner
+from luthier.methods.full import PartOfBase
 from luthier.methods.multi_adapter import AdapterManager
 from luthier.training.run_folder import Run
 
@@ -46,6 +47,11 @@ def init_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
 def reference_context(recipe: Recipe, base: Family, policy: Tuner) -> Reference:
     """The context manager in which the model is the reference: the base model, or the run that the recipe starts from,
     loaded frozen and inactive next to the policy. Raises as `init_policy` does."""
+    if recipe.init_from is not None and isinstance(policy, PartOfBase):  # trained in place: the start is swapped in
+        start = _read_compatible_weights(recipe, Run(recipe.init_from), base)
+        own = policy.state().keys()
+        return partial(policy.replaced_by, {name: tensor for name, tensor in rename_weights(start, own, base).items()
+                                            if name in own})
     if recipe.init_from is None or (policy.gates is None and not needs_reference(recipe.objective)):
         return policy.disabled  # methods that cannot share a base get no second copy unless the objective needs it
     manager, reference = AdapterManager(base.structure), attach_method(base, recipe.method, recipe.seed)

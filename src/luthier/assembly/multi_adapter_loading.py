@@ -108,7 +108,7 @@ def _modifies_base(run: Run) -> bool:
     return any(isinstance(part, PeftConfig) for part in list_parts(load_recipe(run.require_exists()).method))
 
 
-def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,
+def load_served_models(runs: Mapping[str, Path | str], base_model: Path | str | None = None,
                        report: Report = ignore) -> ServedModels:
     """Load the models to serve: one base or full model, or several runs of one base.
 

@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+from luthier.assembly.python_rows import FOLDER, find_kept_rows
 from luthier.assembly.recipe import Recipe, collect_provenance, diff_recipes, dump_recipe, load_recipe
 from luthier.assembly.settings import fill_left_out, map_paths
 from luthier.core.consent import is_allowed
@@ -105,7 +106,7 @@ def describe_base(base: ModelConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- the base
 
 
-def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
+def open_recipe(run: Run, base_model: Path | str | None = None, report: Report = ignore) -> Recipe:
     """The recipe of a run, with its base model found and verified by digest. Code that comes with the base is off,
     unless the present call allows it.
 
@@ -117,7 +118,7 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
         BaseError: the base is missing, or has other weights or another config.
         RunError: `base_model` for a run that needs no base.
     """
-    recipe = load_recipe(run)
+    recipe = find_kept_rows(load_recipe(run), run)
     for line in list_changes(run):
         report(f"warning: {line}")
     if run.adapter is None:
@@ -137,9 +138,10 @@ def deny_remote_code(model: ModelConfig, *names: str) -> ModelConfig:
     return model.model_copy(update={"trust_remote_code": False})
 
 
-def check_base(run: Run, base: ModelConfig, base_model: str | None = None, report: Report = ignore) -> ModelConfig:
+def check_base(run: Run, base: ModelConfig, base_model: Path | str | None = None,
+               report: Report = ignore) -> ModelConfig:
     """The base of a run, or `base_model` in its place. Raises `BaseError` where it is not the one trained on."""
-    config = base if base_model is None else base.model_copy(update={"name_or_path": base_model, "revision": None})
+    config = base if base_model is None else base.model_copy(update={"name_or_path": str(base_model), "revision": None})
     kept = read_digests(run)
     if not kept:
         if run.recipe:
@@ -201,7 +203,8 @@ def is_same_model(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def check_data(run: Run, sources: Iterable[Source]) -> None:
-    """Compare the data files that a run names with those that it was trained with. Files in its own folder may change.
+    """Compare the data files that a run names with those that it was trained with. Files in its own folder may change,
+    except the rows that were given in Python.
 
     This also keeps a stranger's run folder from reading the user's other files: their digests are not known to it.
 
@@ -211,7 +214,13 @@ def check_data(run: Run, sources: Iterable[Source]) -> None:
     kept = run.provenance.get("data_sha256") or {}
     for source in sources:
         path = Path(source.path).expanduser()
-        if not path.exists() or path.resolve().is_relative_to(run.path.resolve()):
+        if not path.exists():
+            continue
+        if path.resolve().is_relative_to(run.path.resolve()):
+            recorded = {digest for name, digest in kept.items() if Path(name).parts[-2:] == (FOLDER, path.name)}
+            if path.parent.name == FOLDER and recorded and compute_path_sha256(path) not in recorded:
+                raise RunError(f"the rows {str(path)!r} have changed since the run began",
+                               "put the file back as it was, or start another run (output_dir=NAME)")
             continue
         if kept.get(source.path) != compute_path_sha256(path):
             changed = "has changed since the run began" if source.path in kept else "is not recorded in its provenance"
@@ -291,7 +300,7 @@ def _drop_paths(recipe: Recipe) -> Recipe:
 def list_differences(run: Run, recipe: Recipe) -> list[str]:
     """The settings in which a recipe differs from the run's own. Settings that it omits are those of the run; paths do
     not depend on the working directory; a base is compared by digest."""
-    saved, kept = Recipe.parse(run.recipe), read_digests(run)
+    saved, kept = find_kept_rows(Recipe.parse(run.recipe), run), read_digests(run)
     if not kept:
         saved = _make_absolute(saved)
     known: set[str] = set()

@@ -21,6 +21,7 @@ from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tune
 from luthier.data import DataConfig
 from luthier.methods.adapter_format import NATIVE_TYPE, PEFT_PREFIX
 from luthier.methods.composite import CompositeMethod
+from luthier.methods.freeze import FreezeConfig
 from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
@@ -43,7 +44,7 @@ NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules"
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT types with virtual tokens
 
 
-def open_run(run: Run, whole: bool = False, base_model: str | None = None,
+def open_run(run: Run, whole: bool = False, base_model: Path | str | None = None,
              report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
     """Load a run folder: its recipe, its base model, and the method with its trained weights.
 
@@ -79,7 +80,10 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         return recipe, base, None
     base = load_family(recipe.model, recipe.objective.uses_masking)
     _restore_chat_format(run, base)
-    tuner = attach_method(base, recipe.method, recipe.seed)
+    method = recipe.method
+    if isinstance(method, FreezeConfig):  # the base is here, so it can be restored
+        method = method.model_copy(update={"keep_base": True})
+    tuner = attach_method(base, method, recipe.seed)
     if has_saved_heads(recipe.objective):
         tuner = attach_heads(base, tuner, recipe.objective, recipe.seed)
     saved = rename_weights(load_adapter_weights(run, base.structure), tuner.state(), base)

@@ -244,10 +244,10 @@ def _read_hub_dataset(name: str, split: str, subset: str | None, streaming: bool
 
 
 def _number_rows(rows: Any, name: str) -> Rows:
-    named = {column: feature for column, feature in (rows.features or {}).items() if _has_class_names(feature)}
+    named = {column: feature for column, feature in (rows.features or {}).items() if has_class_names(feature)}
     for number, row in enumerate(rows, 1):
         values = {column: _remove_padding(value) for column, value in row.items()}
-        yield build_row(values | {column: _decode_class_names(row[column], feature) for column,
+        yield build_row(values | {column: decode_class_names(row[column], feature) for column,
                                   feature in named.items()},
                         Origin(name, number))
 
@@ -262,7 +262,7 @@ def _remove_padding(value: Any) -> Any:
     return value
 
 
-def _has_class_names(feature: Any) -> bool:
+def has_class_names(feature: Any) -> bool:
     """Whether the data set declares class names for a column."""
     import datasets
 
@@ -271,10 +271,10 @@ def _has_class_names(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel)
 
 
-def _decode_class_names(value: Any, feature: Any) -> Any:
+def decode_class_names(value: Any, feature: Any) -> Any:
     """The declared names of class indices. An index without a name, such as -1 of unlabeled rows, becomes None."""
     if isinstance(value, list):
-        return [_decode_class_names(inner, feature.feature) for inner in value]
+        return [decode_class_names(inner, feature.feature) for inner in value]
     if not isinstance(value, int):
         return value
     return feature.names[value] if 0 <= value < len(feature.names) else None

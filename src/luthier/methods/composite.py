@@ -26,6 +26,7 @@ from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.protocols import ModelStructure, Tuner
 from luthier.methods import METHODS
 from luthier.methods.adalora import AdaLoraConfig
+from luthier.methods.full import Full
 from luthier.methods.lora import LoraConfig
 from luthier.methods.prompt import VirtualTokenConfig
 
@@ -71,9 +72,9 @@ class CompositeConfig(Config):
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
             tuners.append(part.attach(structure, seed=seed + i))
-            if tuners[-1].get_peft_config() is None:
-                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model, which "
-                                  "cannot hold another method", f"use {part.name} alone, or remove it from the list")
+            if isinstance(tuners[-1], Full):
+                raise RecipeError(f"{part.name} trains the base's own weights in place, so it cannot be combined with "
+                                  "another method", f"use {part.name} alone, or remove it from the list")
             before = {name for earlier in tuners[:-1] for name in earlier.state()}
             if shared := sorted(before & tuners[-1].state().keys()):
                 raise RecipeError(f"{part.name} and another method of the list both save {shared[0]!r}, and one file "

@@ -1,7 +1,7 @@
 """Freeze tuning: some layers, named parameters, the embeddings or the head are trained; all other weights are frozen.
 
 Read `full.py` first: this is full fine-tuning of a part of the weights. Where the base must be restorable, only the
-trained weights are copied. The run folder holds the whole model, as with full fine-tuning.
+trained weights are copied. The run folder holds only what trained, in Luthier's own format (`adapter_format.py`).
 
 Learning rate 5e-4: fewer weights must produce the same change, so each may change more than under full fine-tuning
 (2e-5).
@@ -19,7 +19,8 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, Full, scale_embedding_lr
+from luthier.methods.adapter_format import PEFT_PREFIX, build_native_config
+from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, PartOfBase, scale_embedding_lr
 
 
 class FreezeConfig(Config):
@@ -45,7 +46,7 @@ class FreezeConfig(Config):
         chosen = self.layers is not None or self.patterns or self.embeddings or self.head
         return self.num_trainable_layers if self.num_trainable_layers is not None or chosen else 2
 
-    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
+    def attach(self, structure: ModelStructure, *, seed: int) -> PartOfBase:
         trained_ids = {id(p) for module in self._select_modules(structure) for p in module.parameters()}
         named = dict(structure.model.named_parameters())  # tied weights are named once
         for pattern in self.patterns:
@@ -56,7 +57,10 @@ class FreezeConfig(Config):
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             trained_ids |= found
         trained = {name: p for name, p in named.items() if id(p) in trained_ids}
-        return Full(trained, bool(self.keep_base), scale_embedding_lr(structure, trained, self.embedding_lr_multiplier))
+        return PartOfBase(trained, bool(self.keep_base),
+                          scale_embedding_lr(structure, trained, self.embedding_lr_multiplier),
+                          {PEFT_PREFIX + name: p for name, p in trained.items()},
+                          build_native_config(self, structure.task))
 
     def _select_modules(self, structure: ModelStructure) -> Iterable[nn.Module]:
         blocks = [block.module for block in structure.layers]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.hooks import load_into
+from luthier.methods.hooks import check_state_shapes, load_into
 
 KEEP_BASE_HELP = ("keep a copy of the trained weights' initial values, so that the base can be restored; costs one "
                   "copy in memory. Default: true where the objective needs a reference model (DPO, PPO)")
@@ -123,3 +123,45 @@ class Full:
     def get_peft_config(self) -> dict[str, Any] | None:
         """None: PEFT has no such format, and the run folder holds the whole model."""
         return None
+
+
+class PartOfBase(Full):
+    """Full fine-tuning of a part of the weights: a run keeps that part alone, as an adapter.
+
+    Args:
+        parameters, keep_base, lr_multipliers: as of `Full`.
+        saved: name in the adapter's file -> parameter; all trained ones, and others that its format needs.
+        config: content of adapter_config.json.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool, lr_multipliers: Mapping[str, float],
+                 saved: dict[str, nn.Parameter], config: dict[str, Any]) -> None:
+        super().__init__(parameters, keep_base, lr_multipliers)
+        self._saved, self._config = saved, config
+
+    def merge(self) -> None:
+        """The trained weights are the base's own, so the base is merged as it is."""
+
+    unmerge = merge
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._saved.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_into(self._saved, state)
+
+    @contextmanager
+    def replaced_by(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """While the context is open, the weights are those of another `state()`."""
+        check_state_shapes(self._saved, state)
+        before = {name: parameter.data for name, parameter in self._saved.items()}
+        for name, parameter in self._saved.items():
+            parameter.data = state[name].to(parameter)
+        try:
+            yield
+        finally:
+            for name, parameter in self._saved.items():
+                parameter.data = before[name]
+
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return dict(self._config)

@@ -17,7 +17,11 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.full import Full
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.full import PartOfBase
+from luthier.methods.peft_settings import shorten_names
+
+PEFT_TYPE = "LN_TUNING"  # PEFT's format: a copy of each norm, named `ln_tuning_layers`
 
 
 class LnTuningConfig(Config):
@@ -28,13 +32,17 @@ class LnTuningConfig(Config):
     name: Literal["ln_tuning"] = "ln_tuning"
     biases: bool = Field(True, description="train the norms' biases too, where they have any")
 
-    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in find_norms(structure).items()
-                 for name, p in norm.named_parameters() if self.biases or name != "bias"}
+    def attach(self, structure: ModelStructure, *, seed: int) -> PartOfBase:
+        norms = find_norms(structure)
+        whole = [(path, name, p) for path, norm in norms.items() for name, p in norm.named_parameters()]
+        named = {f"{path}.{name}": p for path, name, p in whole if self.biases or name != "bias"}
         if not named:
             raise RecipeError("method ln_tuning: the norms of this model have no weights",
                               "use another method: bitfit, lora")
-        return Full(named, keep_base=True)
+        config = {"peft_type": PEFT_TYPE, "task_type": structure.task, "inference_mode": True,
+                  "target_modules": shorten_names(list(norms), [name for name, _ in structure.model.named_modules()])}
+        saved = {f"{PEFT_PREFIX}{path}.ln_tuning_layers.{name}": p for path, name, p in whole}
+        return PartOfBase(named, True, {}, saved, config)
 
 
 def find_norms(structure: ModelStructure) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table."""
+    """The comparison in Markdown: a summary, then the table."""
     general, rows = comparison.get("general_before"), comparison["methods"]
     aside = f"other text, {comparison.get('general')}"
     first = next((row for row in rows if row["perplexity_before"] is not None), None)
@@ -27,7 +27,21 @@ def format_table(comparison: Mapping[str, Any]) -> str:
                       "rate": f"{row['rate']:.1g}"})
     lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]
     measured = f"\nMeasured on {rows[0]['examples']} {rows[0]['measured_on']} rows.\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
+    return _summarize(comparison) + "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
+
+
+def _summarize(comparison: Mapping[str, Any]) -> str:
+    """The range of the metric, and the methods with the fewest seconds, the least memory and the smallest file."""
+    rows, metric = comparison["methods"], comparison["metric"]
+    low, high = (pick(rows, key=lambda row: row["after"]) for pick in (min, max))
+    if low["after"] == high["after"]:
+        first = f"{metric} is {low['after']:.3g} with every method."
+    else:
+        first = f"{metric}: from {low['after']:.3g} ({low['method']}) to {high['after']:.3g} ({high['method']})."
+    least = [f"{what} {min(rows, key=lambda row, name=name: row[name])['method']}"  # type: ignore[misc]
+             for name, what in (("train_seconds", "fastest"), ("peak_memory_gb", "least memory"),
+                                ("file_bytes", "smallest file"))]
+    return f"{first} {', '.join(least).capitalize()}.\n\n"
 
 
 def _format_number(value: float | None) -> str:

@@ -119,7 +119,8 @@ def build_model_card(facts: ModelCardFacts) -> str:
         f"# {facts.title}", "",
         f"{kind} made with Luthier from `{facts.base_name}` by the method `{facts.method}` with the objective "
         f"`{facts.objective}` on {names}. {recipe}".rstrip(), "",
-        *_describe_gguf_origin(facts), "## Usage", "", *_explain_native_loading(facts), "```python", *code,
+        *_summarize_results(facts.results), *_describe_gguf_origin(facts),
+        "## Usage", "", *_explain_native_loading(facts), "```python", *code,
         "```", "",
         *_format_results(facts.results), *plot])
 
@@ -269,6 +270,27 @@ def _write_encoder_code(facts: ModelCardFacts) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- the figures
+
+
+def _summarize_results(results: Mapping[str, Any]) -> list[str]:
+    """One paragraph with the main figure before and after training, and the cost; the tables follow further below.
+
+    >>> print(_summarize_results({"metric": "perplexity", "before": 94.2, "after": 3.51234, "examples": 20, "steps": 40,
+    ...                           "trainable_fraction": 0.0123, "train_seconds": 61.2})[0])
+    **perplexity: 94.2 before training, 3.512 after** (20 held-out rows). 40 steps, 61.2 seconds, 1.23% of the weights.
+    """
+    sentences = []
+    metric, before, after = (results.get(name) for name in ("metric", "before", "after"))
+    if isinstance(metric, str) and isinstance(after, int | float):
+        start = f"{_round_value(before)} before training, " if isinstance(before, int | float) else ""
+        rows = results.get("examples")
+        counted = f" ({rows:,} held-out row{'' if rows == 1 else 's'})" if isinstance(rows, int) else ""
+        sentences.append(f"**{metric}: {start}{_round_value(after)} after**{counted}.")
+    costs = [text for name, text in (("steps", "{:,} steps"), ("train_seconds", "{:.4g} seconds"),
+                                     ("trainable_fraction", "{:.2%} of the weights"))
+             if isinstance(value := results.get(name), int | float) for text in [text.format(value)]]
+    sentences += [", ".join(costs) + "."] if costs else []
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def _format_results(results: Mapping[str, Any]) -> Iterator[str]:

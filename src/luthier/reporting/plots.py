@@ -1,4 +1,4 @@
-"""Plots of a run: loss, lengths, confusion, calibration, comparisons. There is no simpler file to read first.
+"""Plots of a run: training, lengths, confusion, calibration, comparisons. There is no simpler file to read first.
 
 Metrics are plain numbers by name (`confusion_0_1`, `calibration_count_7`); `collect_confusion` and
 `collect_calibration` select those of one plot.
@@ -6,6 +6,7 @@ Metrics are plain numbers by name (`confusion_0_1`, `calibration_count_7`); `col
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def plot_confusion(matrix: Sequence[Sequence[float]], labels: Sequence[str], pat
             for j, count in enumerate(row):
                 dark = shares[i][j] > 0.5
                 axes.text(j, i, f"{count:g}", ha="center", va="center", color="white" if dark else "black")
-    axes.set(xlabel="found", ylabel="true", title="Confusion matrix")
+    axes.set(xlabel="predicted class", ylabel="true class", title="Confusion matrix")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     figure.savefig(path, dpi=120)
@@ -55,10 +56,11 @@ def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
     """Accuracy of predictions by their confidence, as a PNG; the diagonal is perfect calibration."""
     figure, axes = _create_figure((4.5, 4.5))
     most = max(count for *_, count in bins)
-    axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", linewidth=1, label="honest")
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", linewidth=1, label="perfect calibration")
     axes.scatter([p for p, _, _ in bins], [o for _, o, _ in bins], s=[20 + 180 * n / most for *_, n in bins],
-                 label="observed (size: how many)")
-    axes.set(xlabel="predicted", ylabel="observed", title="Calibration", xlim=(0.48, 1.02), ylim=(-0.02, 1.02))
+                 label="observed (area: number of examples)")
+    axes.set(xlabel="predicted probability", ylabel="observed frequency", title="Calibration",
+             xlim=(0.48, 1.02), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
@@ -77,21 +79,83 @@ def plot_bars(names: Sequence[str], columns: Mapping[str, Sequence[float]], path
     figure.savefig(path, dpi=110)
 
 
-def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
-    """The training loss and the evaluation loss over the steps, as a PNG."""
-    figure, axes = _create_figure((7, 4))
-    for name, style in (("loss", {"linewidth": 1.2}), ("eval_loss", {"marker": "o", "linewidth": 1.8})):
-        points = [(m["step"], m[name]) for m in metrics if name in m]
-        if points:
+# The unit of an objective's loss; each other objective's is per example.
+LOSS_UNITS = {**dict.fromkeys(("sft", "pretrain"), "nats per token"), **dict.fromkeys(("ppo", "grpo"), ""),
+              **dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "per pair"), "multiple_choice": "nats per question",
+              "classify": "per example"}
+# Metric -> the name of its axis. The first of a group that a run has is shown, below the loss.
+QUALITIES = ({"accuracy": "accuracy", "rewards/accuracies": "pair accuracy", "token_accuracy": "token accuracy"},
+             {"kl": "KL (nats per answer)"})
+RATES = {"learning_rate": "learning rate"}
+
+
+def plot_training(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any], objective: str,
+                  path: Path) -> bool:
+    """The curves of a run as a PNG: its loss (or reward), its accuracy (or KL), and its learning rate.
+
+    Each panel has the training curve, the validation curve, and what was measured before training as a point at step
+    0: on validation rows it begins the validation curve, on test rows it is a series of its own with two points.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        results: results.json.
+
+    Returns:
+        Whether there was anything to plot; otherwise no file is written.
+    """
+    unit = LOSS_UNITS.get(objective, "per example")
+    main = {"reward": "mean reward"} if objective in ("ppo", "grpo") else {"loss": f"loss ({unit})"}
+    panels = []
+    for group in (main, *QUALITIES, RATES):
+        shown = ((label, _collect_curves(metrics, results, name)) for name, label in group.items())
+        panels += [panel for panel in shown if panel[1]][:1]
+    if not any(label not in RATES.values() for label, _ in panels):
+        return False
+    figure, plots = _create_figure((7, 1.2 + 2.4 * len(panels)), rows=len(panels))
+    for axes, (label, curves) in zip(plots, panels, strict=True):
+        for curve, points in curves.items():
+            name, style = CURVES[curve]
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="Loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if label not in RATES.values():
+            axes.legend()
+    plots[0].set_title(f"Training with objective {objective}")
+    plots[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)
+    return True
+
+
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train": ("training", {"color": "tab:blue", "linewidth": 1.2, "marker": ".", "markersize": 3}),
+    "eval": ("validation", {"color": "tab:orange", "linewidth": 1.8, "marker": "o", "markersize": 4}),
+    "test": ("test, before and after", {"color": "tab:green", "linestyle": ":", "marker": "s", "markersize": 5})}
+
+
+def _collect_curves(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any],
+                    name: str) -> dict[str, list[tuple[float, float]]]:
+    """The points of a metric by curve (a key of `CURVES`), without empty curves and numbers that are not finite."""
+    curves: dict[str, list[tuple[float, Any]]] = {
+        "train": [(line["step"], line.get(name)) for line in metrics],
+        "eval": [(0, _read_result(results, "validation_before", name)),
+                 *((line["step"], line.get(f"eval_{name}")) for line in metrics)],
+        "test": [(0, _read_result(results, "test_before", name)),
+                 (results.get("steps", 0), _read_result(results, "test", name))]}
+    kept = {curve: [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+            for curve, points in curves.items()}
+    return {curve: points for curve, points in kept.items() if points}
+
+
+def _read_result(results: Mapping[str, Any], part: str, name: str) -> Any:
+    measured = results.get(part)
+    return measured.get(name) if isinstance(measured, Mapping) else None
 
 
 def plot_lengths(parts: Mapping[str, Any], path: str | Path) -> None:
-    """The token lengths of every part of a data report as a PNG of histograms."""
+    """The token lengths of every part of a data report as a PNG of histograms; none where no part has an example."""
+    parts = {name: part for name, part in parts.items() if part.encoded}
+    if not parts:
+        return
     figure, axes = _create_figure((7, 2.6 * len(parts)), rows=len(parts))
     for axis, (name, part) in zip(axes, parts.items(), strict=True):
         axis.stairs(part.histogram["counts"], part.histogram["edges"], fill=True)
@@ -112,7 +176,7 @@ def plot_rlhf(metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, floa
         axes.set_ylabel("mean reward" if name == "reward" else "KL (nats per answer)", color=color)
     left.set(xlabel="step", title="PPO")
     right.bar(list(rewards), list(rewards.values()))
-    right.set(title=f"mean reward on {prompts} prompts")
+    right.set(title=f"mean reward on {prompts} prompts", ylabel="mean reward")
     figure.savefig(path, dpi=120)
 
 
@@ -128,7 +192,7 @@ def plot_weight_changes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for row in rows:
             grid[roles.index(row["role"])][blocks.index(row["block"])] = row[name]
         shown = axes.imshow(grid, aspect="auto", vmin=0)
-        axes.set(title=title, xlabel="block", yticks=range(len(roles)), yticklabels=roles)
+        axes.set(title=title, xlabel="layer", yticks=range(len(roles)), yticklabels=roles)
         figure.colorbar(shown, ax=axes)
     figure.savefig(path, dpi=120)
 

@@ -57,7 +57,7 @@ class TrainingConfig(Config):
                                                                         "improvement")
     load_best_model_at_end: bool = Field(True, description="end with the weights of the best evaluation, not the last")
     report_to: tuple[str, ...] = Field((), description="trackers in addition to metrics.jsonl: tensorboard, wandb, "
-                                                       "trackio")
+                                                       "trackio, mlflow")
 
     @field_validator("report_to", mode="before")
     @classmethod

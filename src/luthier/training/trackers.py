@@ -1,11 +1,11 @@
-"""Metric loggers: metrics.jsonl, TensorBoard, Weights & Biases, Trackio. Read `core/errors.py` first."""
+"""Metric loggers: metrics.jsonl, TensorBoard, Weights & Biases, Trackio, MLflow. Read `core/errors.py` first."""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,10 +134,65 @@ class Trackio:
         self._run.finish()
 
 
+class MLflow:
+    """MLflow, at `MLFLOW_TRACKING_URI`, in the experiment of `MLFLOW_EXPERIMENT_NAME`, else `luthier`.
+
+    A resumed run continues under the id stored in the folder; steps after the last checkpoint are then logged a second
+    time, and the service keeps both. Parameters are text of at most `PARAM_LENGTH`
+    characters, the limit of older servers; longer ones are cut.
+    """
+
+    PARAM_LENGTH = 500
+    PARAMS_PER_CALL = 100  # the service refuses more at once
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        _check_package("mlflow")
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        file = folder / "mlflow" / "run-id"
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "luthier")
+        self._client = MlflowClient()
+        self._id = file.read_text(encoding="utf-8") if resume_at is not None and file.exists() else ""
+        if self._id:
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        self._id = self._client.create_run(experiment_id, run_name=folder.name).info.run_id
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(self._id, encoding="utf-8")
+        params = [Param(key, value[:self.PARAM_LENGTH]) for key, value in _flatten(config)]
+        for start in range(0, len(params), self.PARAMS_PER_CALL):
+            self._client.log_batch(self._id, params=params[start:start + self.PARAMS_PER_CALL])
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._client.log_metric(self._id, name, float(value), step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and text of every setting.
+
+    >>> list(_flatten({"seed": 0, "method": {"name": "lora", "targets": ["q", "v"]}}))
+    [('seed', '0'), ('method.name', 'lora'), ('method.targets', "['q', 'v']")]
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = {  # name = package = extra
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "trackio": Trackio,
+    "mlflow": MLflow,
 }
 
 

@@ -7,14 +7,14 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.training import trackers as track
-from luthier.training.trackers import JsonLines, TensorBoard, Trackio, WandB, open_trackers
+from luthier.training.trackers import JsonLines, MLflow, TensorBoard, Trackio, WandB, open_trackers
 
 
 def written(path: Path, last: int) -> Path:
@@ -143,15 +143,44 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
         def close(self) -> None:
             runs[-1].finish()
 
-    for name in ("wandb", "trackio", "tensorboard", "torch.utils.tensorboard"):
+    class Client:
+        """As `mlflow.MlflowClient`: every call names the run by its id."""
+
+        def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
+            return SimpleNamespace(experiment_id=f"id of {name}") if name == "there" else None
+
+        def create_experiment(self, name: str) -> str:
+            return f"new {name}"
+
+        def create_run(self, experiment_id: str, run_name: str) -> SimpleNamespace:
+            runs.append(FakeRun(experiment=experiment_id, name=run_name))
+            return SimpleNamespace(info=SimpleNamespace(run_id=str(len(runs) - 1)))
+
+        def log_batch(self, run_id: str, params: list[tuple[str, str]]) -> None:
+            assert len(params) <= 100
+            runs[int(run_id)].given |= dict(params)
+
+        def log_metric(self, run_id: str, name: str, value: float, step: int) -> None:
+            assert isinstance(value, float)
+            runs[int(run_id)].log({name: value}, step)
+
+        def update_run(self, run_id: str, status: str) -> None:
+            assert status == "RUNNING"
+            runs[int(run_id)].finished = False
+
+        def set_terminated(self, run_id: str) -> None:
+            runs[int(run_id)].finish()
+
+    for name in ("wandb", "trackio", "tensorboard", "torch.utils.tensorboard", "mlflow", "mlflow.entities"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None, origin="fake")
-        module.init, module.SummaryWriter = init, Writer
+        module.init, module.SummaryWriter, module.MlflowClient = init, Writer, Client
+        module.Param = lambda key, value: (key, value)
         monkeypatch.setitem(sys.modules, name, module)
     return runs
 
 
-@pytest.mark.parametrize("kind", [TensorBoard, WandB, Trackio])
+@pytest.mark.parametrize("kind", [TensorBoard, WandB, Trackio, MLflow])
 def test_metrics_reach_the_tracker(tmp_path: Path, kind: type, fakes: list[FakeRun]) -> None:
     tracker = kind(tmp_path, {"seed": 1}, None)
     tracker.log(3, {"loss": 0.5})
@@ -166,6 +195,29 @@ def test_wandb_goes_on_under_its_id(tmp_path: Path, fakes: list[FakeRun]) -> Non
         WandB(tmp_path, {}, resume_at)
     first, resumed, fresh = (run.given["id"] for run in fakes)
     assert first == resumed != fresh
+
+
+def test_mlflow_goes_on_under_its_id(tmp_path: Path, fakes: list[FakeRun]) -> None:
+    for resume_at, step in ((None, 1), (4, 5), (None, 1)):
+        tracker = MLflow(tmp_path, {}, resume_at)
+        assert not fakes[-1].finished
+        tracker.log(step, {"loss": 1, "note": "text"})
+        tracker.close()
+    assert [run.logged for run in fakes] == [[(1, {"loss": 1.0}), (5, {"loss": 1.0})], [(1, {"loss": 1.0})]]
+    assert all(run.finished for run in fakes)
+
+
+def test_mlflow_has_every_setting_as_a_parameter(tmp_path: Path, fakes: list[FakeRun],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {"method": {"name": "lora", "rank": 8}, "system": "x" * 900} | {f"s{i}": i for i in range(250)}
+    MLflow(tmp_path / "..", many, None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "there")
+    MLflow(tmp_path, {}, None)
+    assert fakes[0].given["experiment"] == "new luthier"
+    assert fakes[1].given["experiment"] == "id of there"
+    assert fakes[0].given["method.rank"] == "8"
+    assert fakes[0].given["s249"] == "249"
+    assert fakes[0].given["system"] == "x" * 500
 
 
 def test_tensorboard_forgets_what_came_later(tmp_path: Path, fakes: list[FakeRun]) -> None:
