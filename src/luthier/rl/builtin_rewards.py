@@ -8,7 +8,7 @@ from typing import Any
 from luthier.core.errors import DataError, RunError
 from luthier.evaluation.answer_metrics import METRICS
 from luthier.rl.rewards import Completion, Reward, describe_prompt
-from luthier.rl.sandbox import Limits, passes_test
+from luthier.rl.sandbox import Limits, run_test
 
 Scorer = Callable[[str, Mapping[str, Any], float], float]  # (text, metadata, seconds) -> reward
 
@@ -59,7 +59,7 @@ def _score_code_tests(text: str, metadata: Mapping[str, Any], timeout: float) ->
     tests = [given] if isinstance(given, str) else list(given)
     if not tests:
         raise DataError("`tests` is empty", "give the row tests, such as `assert double(2) == 4`")
-    return sum(passes_test(extract_code(text), test, Limits(seconds=timeout)) for test in tests) / len(tests)
+    return sum(run_test(extract_code(text), test, Limits(seconds=timeout)).passed for test in tests) / len(tests)
 
 
 def extract_code(text: str) -> str:
