@@ -266,7 +266,7 @@ def test_a_base_of_an_unknown_architecture_is_refused_with_the_consent_that_it_n
     base = bring_code()
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps(config | {"model_type": "mine"}))
-    with pytest.raises(BaseError, match="brings its own Python code") as refused:
+    with pytest.raises(BaseError, match="needs its own Python code") as refused:
         luthier.evaluate("sft", quiet=True)
     assert f"--allow-code {base}" in refused.value.remedy
     assert not MARK.exists()

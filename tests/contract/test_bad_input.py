@@ -460,7 +460,8 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
     saved, damaged = checkpoint.find_latest(Path("run/checkpoints"))
     assert (saved.step, damaged) == (last, [])
     assert not list(Path("run").rglob(".*"))
-    assert train("--resume", "--quiet")[0] == 0
+    code, *words = train("--resume", "--quiet")
+    assert code == 0, words
     assert Path("run/adapter_model.safetensors").read_bytes() == Path("whole/adapter_model.safetensors").read_bytes()
     assert [m["step"] for m in Run("run").metrics] == [m["step"] for m in Run("whole").metrics]
 

@@ -212,10 +212,12 @@ def test_a_run_of_an_older_version_opens_with_a_note(home: Home, tmp_path: Path,
     raw["provenance"] = {"versions": raw["provenance"]["versions"]}
     (old / "recipe.yaml").write_text(yaml.safe_dump(raw))
     (old / "results.json").write_text("{}")
-    assert main(["evaluate", str(old), "--json"]) == 0
+    assert main(["evaluate", str(old), "--json"]) == 2
+    assert "is not recorded in its provenance" in capsys.readouterr().err, "a file that is named is no consent to read it"
+    assert main(["evaluate", str(old), "--data", home.rows, "--json"]) == 0
     out, words = capsys.readouterr()
     assert "has no digests of its base" in words
-    assert json.loads(out) == luthier.evaluate(home.run, quiet=True)
+    assert json.loads(out) == luthier.evaluate(home.run, data=home.rows, quiet=True)
 
 
 def test_a_folder_of_peft_opens_without_a_digest(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

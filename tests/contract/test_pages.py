@@ -43,8 +43,8 @@ def table(mark: str, *columns: str, **fixed: list[Any]) -> str:
 FILES: dict[str, str | list[dict[str, Any]]] = {
     "mine.jsonl": rows("prompt", "completion"), "unseen.jsonl": rows("prompt", "completion"),
     "compared.jsonl": rows("prompt", "chosen", "rejected"), "pairs.jsonl": rows("anchor", "positive"),
-    "asked.jsonl": [{"question": f"What is {i}?", "choices": [f"{i}", "none"], "answer": 0} for i in range(4)],
-    "judged.jsonl": [{**row, "label": i % 2 == 0} for i, row in enumerate(rows("prompt", "completion"))],
+    "choices.jsonl": [{"question": f"What is {i}?", "choices": [f"{i}", "none"], "answer": 0} for i in range(4)],
+    "feedback.jsonl": [{**row, "label": i % 2 == 0} for i, row in enumerate(rows("prompt", "completion"))],
     "questions.jsonl": [{"prompt": f"{i} + 1?", "reference": str(i + 1)} for i in range(8)],
     "topics.jsonl": [{"text": f"text {i}", "label": ["a", "b"][:i % 3]} for i in range(8)],
     "more.jsonl": [{"text": f"other {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],

@@ -292,7 +292,7 @@ def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> 
         train(recipe(home), **words)
     assert within(work) == -signal.SIGKILL
     rows.write_text(rows.read_text().replace("yes 2", "no 2"))
-    with pytest.raises(ValueError, match="the data differs from the data that this run was trained on"):
+    with pytest.raises(ValueError, match="whose content has changed since the run began"):
         train(recipe(home), resume=True, **words)
 
 

@@ -42,6 +42,7 @@ def doctor() -> dict[str, Any]:
         "memory": _describe_memory(),
         "accelerator": _describe_accelerator(),
         "disk": {"free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1), "here": str(Path.cwd())},
+        "sandbox": {"code_tests": assembly.describe_isolation()},
         "bases": {alias: _find_embedded_model(alias) for alias in assembly.ALIASES},
         "extras": {extra: _find_extra(extra, packages) for extra, packages in EXTRAS.items()},
         "cache": {"folder": str(assembly.get_cache_folder()), "gb": _measure_size_gb(assembly.get_cache_folder())},

@@ -30,6 +30,7 @@ from luthier.assembly.model_card_facts import collect_model_card_facts
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
+    apply_base_model,
     check_base,
     check_data,
     check_resumable,
@@ -124,19 +125,24 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     end_with_parent_process()
     if resume and isinstance(recipe, str | Path) and Path(recipe).name == "recipe.yaml":
         settings.setdefault("output_dir", str(Path(recipe).parent))  # the folder that is named, wherever it was made
-    config = _apply_base_model(read_recipe(recipe, settings), base_model, resume)
+    config = apply_base_model(read_recipe(recipe, settings), base_model, resume)
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
-    if resume and config.output_dir:
-        config = find_kept_rows(keep_rows(config, Run(config.output_dir), resume), Run(config.output_dir))
+    named = Run(config.output_dir) if config.output_dir else None
+    if resume:
+        if named is None:
+            raise RecipeError("resume: the run folder is not given", "give it: output_dir=RUN")
+        config = find_kept_rows(keep_rows(config, named, resume), named)
+        if _is_finished(Run(named.require_exists().path), config, quiet):
+            _print_line(quiet, f"{named.path} is already finished after {named.results['steps']} steps")
+            return named
+    elif named and process_group.get_rank() == 0:
+        named.require_vacant()
     assembly.rows.check_sources(config.data)
     check_dtype(config.model)
     check_trackers(config.training.report_to)
-    run = Run(config.output_dir or _create_run_folder(config))
-    if resume and _is_finished(Run(run.require_exists().path), config, quiet):
-        _print_line(quiet, f"{run.path} is already finished after {run.results['steps']} steps")
-        return run
+    run = named or Run(_create_run_folder(config))
     with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
         if not resume and process_group.get_rank() == 0:
             run.require_vacant()
@@ -198,7 +204,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     _print_warnings(quiet, find_schedule_problems(recipe, feed))
     rollouts = feed if isinstance(feed, assembly.RolloutSource) else None
     results: dict[str, Any] = share | (process_group.broadcast_object(run.results) if resume else {})
-    part = "test" if datasets.test else "validation"  # validation rows select the checkpoint, so test rows come first
+    part = "test" if datasets.test else "validation"
     if recipe.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
         with initial_model(reference):
             results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference,
@@ -272,17 +278,6 @@ def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
     for line in list_changes(run):
         _print_line(quiet, f"warning: {line}")
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
-
-
-def _apply_base_model(recipe: Recipe, base_model: Path | str | None, resume: bool) -> Recipe:
-    """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
-    if base_model is None:
-        return recipe
-    if not resume and recipe.init_from is None:
-        raise RecipeError(f"base_model {str(base_model)!r} gives the new path of an existing run's base, and this run "
-                          "is new", "set its base as model.name_or_path (--model)")
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base_model),
-                                                                          "revision": None})})
 
 
 def _check_same_recipe(run: Run, recipe: Recipe) -> None:

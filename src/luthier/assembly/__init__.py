@@ -37,10 +37,12 @@ from luthier.models import (
     resolve_name,
 )
 from luthier.rl import RolloutSource
+from luthier.rl.sandbox import describe_isolation
 
 __all__ = [
     "ALIASES", "AdapterManager", "CausalLM", "Diagnostic", "ModelConfig", "PEFT_ONLY_FIELDS", "Recipe",
     "RolloutSource", "build_training_source", "cast_weights", "diff_recipes", "compute_fingerprint", "diagnose",
+    "describe_isolation",
     "dump_recipe",
     "get_cache_folder", "identify_base", "init_rl_policy", "load_recipe", "precompute_reference",
     "precomputes_reference", "prepare_folder", "collect_provenance", "build_recipe", "resolve_name", "rows",

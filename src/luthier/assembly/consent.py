@@ -4,6 +4,7 @@
 |-------------------------------|----------------------------------------------|------------------------------------|
 | `model.trust_remote_code`     | Python files that come with the base model   | the base, as `model.name_or_path`  |
 | `objective.reward.function`   | a Python function of the user                | the file or module, or file:function |
+| `objective.reward.sandbox`    | programs of a model, without walls           | `code_tests`                       |
 | `objective.reward.url`        | nothing here, but prompts are sent there     | the URL                            |
 """
 
@@ -50,6 +51,9 @@ def _list_reward_code(reward: RewardSourceConfig, setting: str) -> Iterator[Code
     if reward.function is not None and ":" in reward.function:
         yield CodeReference(f"{setting}.function", reward.function.rpartition(":")[0], reward.function,
                             "would run that Python code")
+    if reward.function == "code_tests" and reward.sandbox == "process":
+        yield CodeReference(f"{setting}.sandbox", "code_tests", "process",
+                            "would run programs of the model without the kernel's walls")
     if reward.url is not None:
         yield CodeReference(f"{setting}.url", reward.url, reward.url, "would send prompts and completions there")
 

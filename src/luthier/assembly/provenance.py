@@ -171,6 +171,17 @@ def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], T])
                         f"base_model=PATH)") from error
 
 
+def apply_base_model(recipe: Recipe, base_model: Path | str | None, resume: bool) -> Recipe:
+    """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
+    if base_model is None:
+        return recipe
+    if not resume and recipe.init_from is None:
+        raise RecipeError(f"base_model {str(base_model)!r} gives the new path of an existing run's base, and this run "
+                          "is new", "set its base as model.name_or_path (--model)")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base_model),
+                                                                          "revision": None})})
+
+
 def read_digests(run: Run) -> Mapping[str, str]:
     """Digests of the base that a run or exported adapter was trained on; empty where none were recorded."""
     file = run.path / BASE_FILE
@@ -222,8 +233,9 @@ def check_data(run: Run, sources: Iterable[Source]) -> None:
                 raise RunError(f"the rows {str(path)!r} have changed since the run began",
                                "put the file back as it was, or start another run (output_dir=NAME)")
             continue
-        if kept.get(source.path) != compute_path_sha256(path):
-            changed = "has changed since the run began" if source.path in kept else "is not recorded in its provenance"
+        if compute_path_sha256(path) not in kept.values():
+            known = str(path.absolute()) in kept
+            changed = "has changed since the run began" if known else "is not recorded in its provenance"
             raise RunError(f"{str(run.path)!r} names the rows {source.path!r}, whose content {changed}",
                            "put the file back as it was; or name the rows yourself: --data FILE for evaluate, or start "
                            "another run (output_dir=NAME)")

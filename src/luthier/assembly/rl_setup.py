@@ -106,7 +106,7 @@ def check_rewards(recipe: Recipe) -> None:
                           "objective.reward=numeric_match, or {model: FOLDER}, {function: module:name}, {url: http://...}")
     for source in objective.reward:
         if source.function is not None:
-            load_reward(source.function, source.timeout)
+            load_reward(source.function, source.timeout, source.sandbox)
         elif source.url is not None:
             build_endpoint_reward(source.url, source.timeout)
         else:
@@ -117,7 +117,7 @@ def _load_reward_source(source: RewardSourceConfig, recipe: Recipe, base: Family
     if source.url is not None:
         return build_endpoint_reward(source.url, source.timeout)
     if source.function is not None:
-        return load_reward(source.function, source.timeout)
+        return load_reward(source.function, source.timeout, source.sandbox)
     return load_reward_model(Run(str(source.model)), recipe, base, tuner, warn)
 
 

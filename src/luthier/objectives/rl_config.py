@@ -10,7 +10,7 @@ Shape letters of a rollout:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -33,6 +33,9 @@ class RewardSourceConfig(Config):
     url: str | None = Field(None, description="an HTTP endpoint that receives {prompts, completions, metadata} and "
                                               "returns {rewards}")
     weight: float = Field(1.0, description="factor on this reward; several rewards are summed")
+    sandbox: Literal["kernel", "process"] = Field("kernel", description=(
+        "what walls off the programs of `code_tests`: the kernel (Linux), or a process with limits on time and memory "
+        "only, in which a program can read and change the user's files"))
     timeout: float = Field(30.0, gt=0, description="timeout in seconds of a request, or of the tests of one completion")
 
     @model_validator(mode="after")

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal
 
 from luthier.core.errors import DataError, RunError
 from luthier.evaluation.answer_metrics import METRICS
 from luthier.rl.rewards import Completion, Reward, describe_prompt
-from luthier.rl.sandbox import Limits, run_test
+from luthier.rl.sandbox import Limits, Walls, require_walls, run_test
 
+CODE_TESTS = "code_tests"
 Scorer = Callable[[str, Mapping[str, Any], float], float]  # (text, metadata, seconds) -> reward
+JOBS = 2 * (os.cpu_count() or 1)  # completions whose tests run at once; each waits for its processes most of the time
 
 
-def build_builtin_reward(name: str, timeout: float) -> Reward:
+def build_builtin_reward(name: str, timeout: float, sandbox: Literal["kernel", "process"] = "kernel") -> Reward:
     """The built-in reward of that name.
 
     Args:
-        timeout: seconds that the tests of one completion may take.
+        timeout: seconds that each test of one completion may take.
+        sandbox: of `code_tests`; `process` limits time and memory only.
+
+    Raises:
+        RunError: `code_tests` on a machine whose kernel cannot wall off a program.
     """
-    scorer = BUILT_IN[name]
+    if name == CODE_TESTS:
+        scorer: Scorer = partial(_score_code_tests, walls=require_walls() if sandbox == "kernel" else "none")
+        jobs = JOBS
+    else:
+        scorer, jobs = BUILT_IN[name], 1
 
     def reward(completions: Sequence[Completion]) -> list[float]:
-        return [_call_scorer(scorer, completion, name, timeout) for completion in completions]
+        score = partial(_call_scorer, scorer, name=name, timeout=timeout)
+        if jobs == 1:
+            return [score(completion) for completion in completions]
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(score, completions))
     return reward
 
 
@@ -53,13 +70,14 @@ def _score_length(text: str, metadata: Mapping[str, Any], _: float) -> float:
     return max(0.0, 1 - abs(len(text.split()) - length) / length)
 
 
-def _score_code_tests(text: str, metadata: Mapping[str, Any], timeout: float) -> float:
+def _score_code_tests(text: str, metadata: Mapping[str, Any], timeout: float, walls: Walls | None = None) -> float:
     """The share of the row's `tests` (one Python text or a list of them) that pass on the code of the completion."""
     given = _get_metadata(metadata, "tests")
     tests = [given] if isinstance(given, str) else list(given)
     if not tests:
         raise DataError("`tests` is empty", "give the row tests, such as `assert double(2) == 4`")
-    return sum(run_test(extract_code(text), test, Limits(seconds=timeout)).passed for test in tests) / len(tests)
+    program = extract_code(text)
+    return sum(run_test(program, test, Limits(seconds=timeout), walls).passed for test in tests) / len(tests)
 
 
 def extract_code(text: str) -> str:
@@ -72,4 +90,4 @@ def extract_code(text: str) -> str:
 
 
 BUILT_IN: dict[str, Scorer] = {**{name: _build_metric_scorer(name) for name in METRICS}, "length": _score_length,
-                               "code_tests": _score_code_tests}
+                               CODE_TESTS: _score_code_tests}

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core.errors import LuthierError, RecipeError, RunError, suggest_nearest
 from luthier.rl.builtin_rewards import BUILT_IN, build_builtin_reward
 from luthier.rl.rewards import Completion, Reward, describe_prompt, to_floats
 
 
-def load_reward(name: str, timeout: float) -> Reward:
+def load_reward(name: str, timeout: float, sandbox: Literal["kernel", "process"] = "kernel") -> Reward:
     """A built-in reward, or a user's ``module:name`` or ``file.py:name``. Raises `RecipeError` where there is none."""
     if name in BUILT_IN:
-        return build_builtin_reward(name, timeout)
+        return build_builtin_reward(name, timeout, sandbox)
     if ":" not in name:
         raise RecipeError(f"unknown reward {name!r}", f"{suggest_nearest(name, BUILT_IN)}; or write module:function")
     return wrap_function(_import_function(name), name)

@@ -56,7 +56,7 @@ def test_synonyms_come_from_the_users_file(write) -> None:
     for content, words in (("alone\n", "a word without a synonym"), ("\n", "has no synonyms")):
         with pytest.raises(DataError, match=words):
             change("synonyms", file=write(f"{words[:4]}.txt", content))
-    with pytest.raises(DataError, match="synonyms need a file of words, and None is none"):
+    with pytest.raises(DataError, match="synonyms need a file of words, and None is not a file"):
         change("synonyms")
 
 

@@ -24,7 +24,6 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with handle_interrupts() as interruption:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         assert interruption.requested == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,6 @@ Read in this order: `wire.py` (plain values), `answer.py` and `judge.py` (the tw
 `walls.py` (what keeps them in), `processes.py` (starts them).
 """
 
-from luthier.rl.sandbox.processes import Limits, Verdict, describe_isolation, find_walls, require_walls, run_test
+from luthier.rl.sandbox.processes import Limits, Verdict, Walls, describe_isolation, find_walls, require_walls, run_test
 
-__all__ = ["Limits", "Verdict", "describe_isolation", "find_walls", "require_walls", "run_test"]
+__all__ = ["Limits", "Verdict", "Walls", "describe_isolation", "find_walls", "require_walls", "run_test"]

@@ -140,11 +140,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 @cache
 def find_walls() -> tuple[Walls, str]:
     """The strongest walls of this machine, and why not stronger ones."""
-    reasons = []
-    for walls in ("namespaces", "landlock"):
-        reason = _probe(walls)  # type: ignore[arg-type]
+    reasons: list[str] = []
+    stronger: tuple[Walls, ...] = ("namespaces", "landlock")
+    for walls in stronger:
+        reason = _probe(walls)
         if not reason:
-            return walls, "; ".join(reasons)  # type: ignore[return-value]
+            return walls, "; ".join(reasons)
         reasons.append(reason)
     return "none", "; ".join(reasons)
 

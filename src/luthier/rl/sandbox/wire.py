@@ -1,7 +1,7 @@
 """Plain values between two processes, as lines of JSON. Uses the standard library only; there is no simpler file.
 
-Only exact built-in types pass: None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset. An object
-of another class, such as one that equals everything, stays in its process, and a number stands for it.
+Only exact built-in types pass: None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset. An
+object of another class, such as one that equals everything, stays in its process, and a number stands for it.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH, MAX_ITEMS, MAX_BYTES = 50, 200_000, 4_000_000
-CONTAINERS = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
+CONTAINERS: "dict[Any, str]" = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 BUILD: "dict[str, Callable[[list[Any]], Any]]" = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
