@@ -27,6 +27,7 @@ from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
 from tiny import save_tiny
 
+TRAIN = vars(import_module("luthier.api.train"))
 LIMIT = 120  # seconds: ranks that wait for each other wait for ever
 REWARD = """
 import os, random
@@ -82,11 +83,11 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
                     stopped=summary.stopped, steps=summary.steps, state=states.capture_rng_state("cpu")["cpu"])
         return summary
 
-    train.__globals__["run_training_loop"] = kept
+    TRAIN["run_training_loop"] = kept
     try:
         train(recipe, quiet=True, **named)
     finally:
-        train.__globals__["run_training_loop"] = fit
+        TRAIN["run_training_loop"] = fit
     return seen
 
 

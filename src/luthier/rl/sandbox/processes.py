@@ -170,8 +170,9 @@ def require_walls() -> Walls:
     walls, reason = find_walls()
     if walls == "none":
         raise RunError("the reward `code_tests` runs programs that a model wrote, and this machine cannot wall them "
-                       f"off ({reason})", "use a Linux kernel with user namespaces or Landlock; or set sandbox: process, "
-                       "which limits time and memory only: such a program can read and change your files")
+                       f"off ({reason})",
+                       "use a Linux kernel with user namespaces or Landlock; or set sandbox: process, which limits "
+                       "time and memory only: such a program can read and change your files")
     return walls
 
 
