@@ -1,6 +1,6 @@
 """Domain adaptation, measured: more rows, states without training, another structure.
 
-    python -m benchmarks.adaptation --data ../shared/data --out benchmarks/results/<date>-adaptation.json
+    python -m benchmarks.adaptation --data DATA --out benchmarks/results/<date>-adaptation.json
 
 Every figure is of a command of Luthier's own, which stands beside it. Read `docs/adaptation.md` first.
 """
@@ -42,7 +42,7 @@ def trained(folder: Path, *args: str) -> dict[str, Any]:
 
 def augmentation(home: Path, data: Path) -> dict[str, Any]:
     """Accuracy on all 872 unseen sentences of SST-2 after equally many steps on 300, as they are or changed, over three seeds."""
-    few = home / "few.tsv"  # head -n 300 ../shared/data/sst2_train.tsv
+    few = home / "few.tsv"  # head -n 300 DATA/sst2_train.tsv
     few.write_text("".join((data / "sst2_train.tsv").read_text().splitlines(keepends=True)[:300]))
     common = ("--model", "minilm", "--data", str(few), "--objective", "classify", "--method", "lora",
               f"data.test={data / 'sst2_dev.tsv'}", "data.columns={text: 0, label: 1}", "training.max_steps=150",
@@ -89,7 +89,8 @@ def structure(home: Path, data: Path) -> dict[str, Any]:
 
 def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True,
+                        help="folder with gsm8k_train.jsonl, sst2_train.tsv, sst2_dev.tsv, ...")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
@@ -98,7 +99,7 @@ def measure() -> None:
         for name in options.parts:
             made = globals()[name](Path(folder), options.data)
             found |= {name: json.loads(json.dumps(made).replace(folder + "/", "")
-                                       .replace(f"{options.data}/", "../shared/data/"))}
+                                       .replace(f"{options.data}/", "DATA/"))}
             found |= {"machine": machine(), "versions": versions()}
             options.out.write_text(json.dumps(found, indent=1) + "\n")
 
