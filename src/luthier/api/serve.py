@@ -6,6 +6,7 @@ runs share a batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,14 @@ from luthier.assembly.multi_adapter_loading import display_name, load_served_mod
 from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.reporting.progress import print_line, status
-from luthier.serving.http_server import check_installed, open_socket, run_server
+from luthier.serving.http_server import AccessRules, check_installed, open_socket, run_server
 from luthier.serving.openai_serving import OpenAIServing
 
 
 @accepts_consent
 def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = "127.0.0.1",
-          port: int = 8000, max_num_seqs: int = 16, quiet: bool = False,
+          port: int = 8000, max_num_seqs: int = 16, api_key: str | None = None, prefix_cache_gb: float = 0.5,
+          quiet: bool = False,
           base_model: Path | str | None = None, allow_code: Sequence[str] = ()) -> None:
     """Serve until interrupted.
 
@@ -29,7 +31,10 @@ def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = 
             the name of the folder.
         allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         host: the address to listen on; 0.0.0.0 accepts requests of every machine that can reach this one.
-        max_num_seqs: largest number of requests in one batch.
+        max_num_seqs: largest number of requests that are decoded together.
+        api_key: what clients must send; required unless `host` is this machine alone. Default: the environment variable
+            LUTHIER_API_KEY.
+        prefix_cache_gb: memory for what was read of earlier prompts, which later ones that begin alike reuse.
         base_model: where the base of the runs is now, if it was moved.
 
     Raises:
@@ -39,13 +44,15 @@ def serve(runs: Sequence[Path | str] | Mapping[str, Path | str], *, host: str = 
     check_installed()
     named = ({name: str(run) for name, run in runs.items()} if isinstance(runs, Mapping)
              else name_runs([str(run) for run in runs]))
+    access = AccessRules(api_key if api_key is not None else os.environ.get("LUTHIER_API_KEY", ""), host)
     bound = open_socket(host, port)
     with status("loading", quiet=quiet):
-        serving = OpenAIServing(load_served_models(named, base_model, partial(print_line, quiet=quiet)), max_num_seqs)
+        serving = OpenAIServing(load_served_models(named, base_model, partial(print_line, quiet=quiet)), max_num_seqs,
+                                prefix_cache_bytes=int(prefix_cache_gb * 1e9))
     if not quiet:
         address = f"http://{host}:{bound.getsockname()[1]}/v1"
         print(f"serving {', '.join(serving.served.names)} at {address}  (Ctrl-C ends)", flush=True)
-    run_server(serving, bound)
+    run_server(serving, bound, access)
 
 
 def name_runs(runs: Sequence[str]) -> dict[str, str]:

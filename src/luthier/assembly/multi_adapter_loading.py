@@ -42,13 +42,17 @@ class ServedModels:
 
     base: Family
     manager: AdapterManager | None
-    names: Mapping[str, str | None]
+    names: dict[str, str | None]
     formats: Mapping[str, PromptFormat]
     context_lengths: Mapping[str, int]
 
     @property
     def can_generate(self) -> bool:
         return isinstance(self.base, CausalLM)
+
+    def remove(self, name: str) -> None:
+        """Serve this model no more. Requests that run go on; its adapter stays in memory until the server ends."""
+        del self.names[name]
 
     def get_adapter(self, name: str) -> str | None:
         """The adapter of a model. Raises `RecipeError` for an unknown name."""

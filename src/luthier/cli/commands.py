@@ -116,7 +116,8 @@ def _run_paraphrase(options: argparse.Namespace) -> int:
 
 def _run_serve(options: argparse.Namespace) -> int:
     from luthier.api.serve import serve
-    serve(options.runs, host=options.host, port=options.port, max_num_seqs=options.max_num_seqs, quiet=options.quiet,
+    serve(options.runs, host=options.host, port=options.port, max_num_seqs=options.max_num_seqs,
+          api_key=options.api_key, prefix_cache_gb=options.prefix_cache_gb, quiet=options.quiet,
           base_model=options.base_model)
     return 0
 
@@ -295,7 +296,11 @@ COMMANDS: dict[str, Command] = {
         _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders with the same base model, or one model"),
         _option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines"),
         _option("--port", type=int, default=8000),
-        _option("--max-num-seqs", type=int, default=16, metavar="N", help="maximum number of requests in one batch"),
+        _option("--max-num-seqs", type=int, default=16, metavar="N", help="requests that are decoded together"),
+        _option("--api-key", metavar="KEY", help="key that clients must send; default: LUTHIER_API_KEY; required with "
+                                                 "--host other than this machine"),
+        _option("--prefix-cache-gb", type=float, default=0.5, metavar="GB",
+                help="memory for prompts that begin like earlier ones"),
         BASE_MODEL, ALLOW_CODE, QUIET)),
     "data": Command("`data check FILE`: report how each row would be used", _run_data, (
         _option("positionals", nargs="*", metavar="check FILE | key=value",

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from luthier import assembly
-from luthier.core.errors import LuthierError, RecipeError
+from luthier.core.errors import LuthierError, RecipeError, RunError
 from luthier.core.examples import Message
-from luthier.serving.engine import Request, TokenDelta
+from luthier.core.generation import TokenLogprob
+from luthier.core.protocols import SamplingParams
+from luthier.serving.engine import QueueFull, Request, TokenDelta
 
+DEFAULT_MAX_TOKENS = 1024  # of a completion whose request has none
+LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this number
+MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TEXT_LOGPROBS = 4, 20, 5
 # Fields that would change the output and are not supported, with the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "response_format": ({"type": "text"},),
-    "logprobs": (False, 0), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
-    "frequency_penalty": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,), "dimensions": (),
-    "modalities": (["text"],), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,),
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
 }
 # Fields that change no output: accepted and ignored.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
@@ -66,19 +71,67 @@ class CompletionRequest(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logprobs: bool | int | None = None  # of a chat whether, of a text how many
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
+    prompt_cache: bool = True
+
+    def count_logprobs(self, chat: bool) -> int | None:
+        """How many of the most probable tokens are reported with each token; None: no log-probabilities at all. Raises
+        `RecipeError` for a number where a chat takes a boolean, and the other way round."""
+        if self.logprobs is None or self.logprobs is False:
+            if self.top_logprobs:
+                raise RecipeError("top_logprobs: it needs logprobs: true", "set logprobs, or omit top_logprobs")
+            return None
+        if chat:
+            if self.logprobs is not True:
+                raise RecipeError(f"logprobs: {self.logprobs!r}; in a chat it is true or false", "use top_logprobs: N")
+            return self.top_logprobs
+        if self.logprobs is True or not 0 <= self.logprobs <= MAX_TEXT_LOGPROBS:
+            raise RecipeError(f"logprobs: {self.logprobs!r}; for a text it is 0 to {MAX_TEXT_LOGPROBS}",
+                              "give a number")
+        return int(self.logprobs)
+
+    def build_sampling(self, chat: bool, seed: int, vocabulary: int) -> SamplingParams:
+        """The parameters for the engine. Raises `RecipeError` for a token that is not in the vocabulary."""
+        if unknown := next((token for token in self.logit_bias if not 0 <= token < vocabulary), None):
+            raise RecipeError(f"logit_bias: {unknown} is not a token; this model has 0 to {vocabulary - 1}",
+                              "use the ids of this model's tokenizer")
+        return SamplingParams(
+            self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS, self.temperature, self.top_p,
+            max(self.top_k, 0), seed=seed, min_p=self.min_p, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias, logprobs=self.count_logprobs(chat))
 
 
 class EmbeddingRequest(BaseModel):
-    """Texts to embed."""
+    """Texts to embed. `dimensions`: only so many of the first numbers, normalized again."""
 
     model: str
-    input: str | list[str]
+    input: str | list[str] | list[int] | list[list[int]]
+    dimensions: int | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] = "float"  # OpenAI's own client sends base64 by default
+
+    def get_texts(self) -> list[str]:
+        """The texts. Raises `RecipeError` for token ids: they are of another tokenizer."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        texts = [text for text in given if isinstance(text, str)]
+        if len(texts) != len(given):
+            raise RecipeError("input: token ids are of OpenAI's tokenizer, not of this model's",
+                              "send text; in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)")
+        if not texts:
+            raise RecipeError("input: there is no text to embed", "send at least one text")
+        return texts
 
 
 def parse_request(kind: type[Any], body: Mapping[str, Any]) -> Any:
@@ -120,11 +173,32 @@ def build_response_head(request: CompletionRequest, chat: bool, suffix: str) -> 
             "model": request.model, "object": f"{'chat' if chat else 'text'}{'.' if chat else '_'}completion{suffix}"}
 
 
-def count_usage(body: CompletionRequest, requests: Sequence[Request], last: Sequence[TokenDelta]) -> dict[str, int]:
+def count_usage(body: CompletionRequest, requests: Sequence[Request], last: Sequence[TokenDelta]) -> dict[str, Any]:
     """The `usage` of a response; a prompt counts once, however many completions it has."""
     read = sum(len(request.prompt) for request in requests[::body.n])
     written = sum(delta.tokens for delta in last)
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    cached = sum(delta.cached_tokens for delta in last[::body.n])
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def format_chat_logprobs(found: Sequence[TokenLogprob], decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """`logprobs` of a chat: natural logarithms of the probabilities before temperature, penalties and filters."""
+    def describe(token: int, logprob: float) -> dict[str, Any]:
+        text = decode([token])
+        return {"token": text, "bytes": list(text.encode()), "logprob": max(logprob, LOWEST)}
+
+    return {"content": [{**describe(one.token, one.logprob), "top_logprobs": [describe(*top) for top in one.top]}
+                        for one in found], "refusal": None}
+
+
+def format_text_logprobs(found: Sequence[TokenLogprob], decode: Callable[[Sequence[int]], str],
+                         offset: int) -> dict[str, Any]:
+    """`logprobs` of a text completion; `offset`: characters of the completion before these tokens."""
+    tokens = [decode([one.token]) for one in found]
+    offsets = [offset, *accumulate(map(len, tokens), initial=offset)][1:len(tokens) + 1]
+    return {"tokens": tokens, "token_logprobs": [max(one.logprob, LOWEST) for one in found], "text_offset": offsets,
+            "top_logprobs": [{decode([token]): max(value, LOWEST) for token, value in one.top} for one in found]}
 
 
 def format_event(content: Mapping[str, Any]) -> str:
@@ -132,7 +206,31 @@ def format_event(content: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
+class UnknownModel(RecipeError):
+    """A request names a model that is not served."""
+
+
+class Unauthorized(RecipeError):
+    """A request without the server's key, or from a web page of another site."""
+
+
+class TooLarge(RecipeError):
+    """A body of more bytes than the server reads."""
+
+
+STATUS: Mapping[type[LuthierError], tuple[int, str]] = {  # error -> status of HTTP, type of OpenAI's error
+    UnknownModel: (404, "invalid_request_error"), Unauthorized: (401, "authentication_error"),
+    TooLarge: (413, "invalid_request_error"), QueueFull: (429, "rate_limit_error")}
+
+
+def find_status(error: LuthierError) -> tuple[int, str]:
+    """The status of HTTP and the type of an error; 500 only where the server itself failed."""
+    failed = isinstance(error, RunError) and error.what.startswith("the server failed")
+    return (500, "server_error") if failed else STATUS.get(type(error), (400, "invalid_request_error"))
+
+
 def format_error(error: LuthierError) -> dict[str, Any]:
-    """An error as OpenAI's protocol has it."""
-    return {"error": {"message": str(error), "type": "invalid_request_error", "param": None,
-                      "code": type(error).__name__}}
+    """An error as OpenAI's protocol has it; `param` is the field that it begins with, if there is one."""
+    field = error.what.partition(":")[0]
+    return {"error": {"message": str(error), "type": find_status(error)[1],
+                      "param": field if re.fullmatch(r"[a-z_][\w.]*", field) else None, "code": type(error).__name__}}

@@ -93,7 +93,8 @@ def test_a_prompt_counts_once_for_all_its_completions(n: int) -> None:
     requests = [Request(prompt) for prompt in ((1, 2, 3), (4, 5)) for _ in range(n)]
     last = [TokenDelta("", tokens=7 + i) for i in range(2 * n)]
     written = sum(7 + i for i in range(2 * n))
-    assert count_usage(body, requests, last) == {"prompt_tokens": 5, "completion_tokens": written, "total_tokens": 5 + written}
+    assert count_usage(body, requests, last) == {"prompt_tokens": 5, "completion_tokens": written, "total_tokens": 5 + written,
+                                                "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_the_constructor_starts_no_thread() -> None:

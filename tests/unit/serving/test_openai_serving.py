@@ -124,7 +124,7 @@ def test_a_stream_has_the_same_text(server: Server) -> None:
     whole = server.chat("law", "Stream?")
     body = {"model": "law", "messages": [{"role": "user", "content": "Stream?"}], "temperature": 0, "max_tokens": 12,
             "stream": True, "stream_options": {"include_usage": True}}
-    with urlopen(Call(f"{server.url}/chat/completions", json.dumps(body).encode())) as got:
+    with urlopen(Call(f"{server.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})) as got:
         assert got.headers["Content-Type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in got.read().decode().split("\n\n") if line]
     assert lines.pop() == "[DONE]"
@@ -234,7 +234,15 @@ ONE = [{"role": "user", "content": "Hi"}]
     (400, "max_tokens", {"model": "law", "messages": ONE, "max_tokens": 0}),
     (400, "a prompt of", {"model": "law", "messages": [{"role": "user", "content": "x" * 5000}]}),
     (400, "model", {"messages": ONE}),
-    (400, "top_k: 1 would change the answer", {"model": "law", "messages": ONE, "top_k": 1}),
+    (400, "top_k", {"model": "law", "messages": ONE, "top_k": -2}),
+    (400, "min_p", {"model": "law", "messages": ONE, "min_p": 2}),
+    (400, "presence_penalty", {"model": "law", "messages": ONE, "presence_penalty": 3}),
+    (400, "logit_bias", {"model": "law", "messages": ONE, "logit_bias": {"7": 101}}),
+    (400, "logit_bias: 5000 is not a token", {"model": "law", "messages": ONE, "logit_bias": {"5000": 1}}),
+    (400, "top_logprobs", {"model": "law", "messages": ONE, "logprobs": True, "top_logprobs": 21}),
+    (400, "needs logprobs: true", {"model": "law", "messages": ONE, "top_logprobs": 2}),
+    (400, "true or false", {"model": "law", "messages": ONE, "logprobs": 3}),
+    (400, "stop", {"model": "law", "messages": ONE, "stop": ["a", "b", "c", "d", "e"]}),
     (400, "reasoning_effort", {"model": "law", "messages": ONE, "reasoning_effort": "high"}),
     (400, "'name' of a message with role 'user'", {"model": "law", "messages": [{**ONE[0], "name": "Ann"}]}),
     (400, "a function call has no name", {"model": "law", "messages": [*ONE, {
@@ -311,7 +319,7 @@ def test_runs_have_the_whole_name_of_their_folder(tmp_path: Path) -> None:
 
 def test_a_body_that_is_no_json_is_refused(server: Server) -> None:
     with pytest.raises(HTTPError) as caught:
-        urlopen(Call(f"{server.url}/chat/completions", b"{"))
+        urlopen(Call(f"{server.url}/chat/completions", b"{", {"Content-Type": "application/json"}))
     assert caught.value.code == 400
     assert "not JSON" in json.load(caught.value)["error"]["message"]
 
