@@ -1,8 +1,8 @@
-"""Every pair of axes, tried on tiny bases through the house's own assembly. `contract/test_sweep.py` runs the trials.
+"""Every pair of axes, tried on tiny bases through Luthier's own assembly. `contract/test_sweep.py` runs the trials.
 
     why = trial(home, "llama", "lora", "dpo")       # "" where it works, else the sentence by which it is refused
 
-A trial assembles a recipe as `luthier train` does (`build`, then `runtime.loop.fit`). What is refused must be refused
+A trial assembles a recipe as `luthier train` does. What is refused must be refused
 there, before the first step; what raises later is a fault. What works must have learned, have changed nothing but what
 it says it trains, and go on from a checkpoint to the same bits. Read `tiny.py` first.
 """

@@ -86,8 +86,8 @@ def test_loras_changes_by_size_and_rank(settings: dict[str, Any], tmp_path: Path
         assert row["size"] == pytest.approx(float(change.norm() / layer.site.weight.norm()), rel=1e-4)
         assert row["rank"] == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=1e-3)
         assert row["of"] == (1 if "rank_pattern" in settings and layer.site.role == "q" else 3)
-    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
-    assert Path(found["picture"]).parent == run.path
+    assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert Path(found["plot"]).parent == run.path
 
 
 def test_an_untrained_lora_has_size_and_rank_zero(tmp_path: Path) -> None:

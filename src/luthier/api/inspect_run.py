@@ -34,7 +34,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: Path 
 
     Returns:
         `readings`, each with `kind`, `about` and `rows`: of `words`, `start` and `end` with `size` and `nearest`; of
-        `layers`, `name`, `block`, `role`, `size`, `rank`, `of`. `picture`: the file with the plot of the layers.
+        `layers`, `name`, `block`, `role`, `size`, `rank`, `of`. `plot`: the file with the plot of the layers.
 
     Raises:
         RunError: the run has nothing to inspect.
@@ -47,7 +47,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: Path 
         raise RunError(f"{str(run.path)!r} was trained with {get_method_name(recipe)}, for which there are no "
                        f"diagnostics", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
     report: dict[str, Any] = {"output_dir": str(run.path), "method": get_method_name(recipe), "readings": [],
-                             "picture": None}
+                             "plot": None}
     initial = _init_method_again(run, recipe, family, tuner) if any(r.kind == "words" for r in readings) else []
     for i, reading in enumerate(readings):
         rows = list(reading.rows)
@@ -58,7 +58,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: Path 
         else:
             with translate_os_errors(run.path):
                 plot_weight_changes(rows, run.path / PLOT)
-                report["picture"] = str(run.path / PLOT)
+                report["plot"] = str(run.path / PLOT)
         report["readings"].append({"kind": reading.kind, "about": reading.about, "rows": rows})
     return report
 

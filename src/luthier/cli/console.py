@@ -211,8 +211,8 @@ def print_inspection(found: Mapping[str, Any], as_json: bool) -> int:
         for row in reading["rows"]:
             shown.add_row(*(Text(_format_cell(value)) for value in row.values()))
         Console().print(shown)
-    if found["picture"]:
-        print(f"written: {found['picture']}")
+    if found["plot"]:
+        print(f"written: {found['plot']}")
     return 0
 
 

@@ -202,8 +202,8 @@ def _encode_image(example: ImageExample, tokenizer: Any, config: DataConfig) -> 
     """A placeholder token and the image; an image without a label twice, as two views."""
     changes = tuple(change for change in config.augment if isinstance(change, ImageAugmentation))
     views = 1 if example.label is not None else 2
-    picture = ImageInput(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)
-    images = tuple(ImageInput(picture.pixels, picture.see, picture.changes, (0, view)) for view in range(views))
+    image = ImageInput(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)
+    images = tuple(ImageInput(image.pixels, image.see, image.changes, (0, view)) for view in range(views))
     items = tuple(LabeledSpan(i, UNENCODED if views == 1 else float(i), weight=example.weight) for i in range(views))
     spans = (TokenSpan((0,), (0.0,)),) * views
     return [TokenizedExample(spans, example.origin, labeled_spans=items, images=images)], False

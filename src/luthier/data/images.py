@@ -42,11 +42,11 @@ def open_image(file: Path | io.BytesIO) -> Pixels:
     from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            if picture.width * picture.height > LIMIT:
-                raise InvalidRowError("the image is too large", f"{picture.width} x {picture.height} pixels")
-            gray = picture.mode in ("1", "L")
-            return np.asarray(picture.convert("L" if gray else "RGB"))
+        with Image.open(file) as image:
+            if image.width * image.height > LIMIT:
+                raise InvalidRowError("the image is too large", f"{image.width} x {image.height} pixels")
+            gray = image.mode in ("1", "L")
+            return np.asarray(image.convert("L" if gray else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         if isinstance(fault, InvalidRowError):
             raise
@@ -94,8 +94,8 @@ def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
     if labels is not None and len(labels) != len(pixels):
         raise DataError(f"{file} has {len(pixels)} images, and {beside.name} has {len(labels)} labels",
                         "download both files again")
-    for number, picture in enumerate(pixels):
-        yield Row({"pixels": picture, **({} if labels is None else {"label": int(labels[number])})},
+    for number, image in enumerate(pixels):
+        yield Row({"pixels": image, **({} if labels is None else {"label": int(labels[number])})},
                   Origin(str(file), number + 1))
 
 

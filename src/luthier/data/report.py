@@ -171,8 +171,8 @@ def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[t
     count = 0
     pairs: list[tuple[str, str]] = []
     for example in encoded:
-        pictures = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
-        before = seen.setdefault((example.spans, example.labeled_spans, pictures), example)
+        images = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
+        before = seen.setdefault((example.spans, example.labeled_spans, images), example)
         if before is not example:
             count += 1
             if len(pairs) < PAIRS:

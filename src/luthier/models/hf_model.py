@@ -27,7 +27,7 @@ from luthier.core.protocols import ChatFormat, Head, Heads, Router
 from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree, to_device
 from luthier.models.activation_recompute import ActivationRecomputer, replace_gated_mlps
 from luthier.models.adapter_routing import route_segments, snapshot_routing
-from luthier.models.attention import packed as _forest
+from luthier.models.attention import packed
 from luthier.models.bias_config import sync_bias_config
 from luthier.models.decoding import find_eos_tokens
 from luthier.models.hf_attributes import get_optional
@@ -64,7 +64,7 @@ class HFModel:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         with silence_transformers():  # a model without the attention registry keeps its own attention: rows are padded
-            model.set_attn_implementation(_forest.NAME)
+            model.set_attn_implementation(packed.NAME)
         self.model, self.tokenizer = model, tokenizer
         self._recomputer = ActivationRecomputer()
         replace_gated_mlps(model, self._recomputer)
