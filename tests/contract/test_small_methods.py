@@ -630,6 +630,9 @@ def test_every_family_takes_them(name: str, settings: dict[str, Any], make: Any)
         assert (states() - tuned).abs().max() < 1e-6
         attached.unmerge()
         assert digest(family) == weights
+    elif name in ("ln_tuning", "freeze"):
+        attached.merge()  # the trained weights are the base's own
+        assert torch.equal(states(), tuned)
     else:
         with pytest.raises(NotMergeable):
             attached.merge()

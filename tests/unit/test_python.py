@@ -185,7 +185,7 @@ def test_a_model_without_text_says_so(tmp_path: Path) -> None:
     run = luthier.train(model=bert, data=rows, objective="classify", output_dir=tmp_path / "run", **FAST)
     with pytest.raises(RecipeError, match="cannot generate text"):
         run.generate("a")
-    with pytest.raises(RecipeError, match="cannot chat"):
+    with pytest.raises(RecipeError, match="cannot generate text"):
         run.chat()
 
 

@@ -78,7 +78,7 @@ class Run:
 
     def require_vacant(self) -> Run:
         """Returns itself. Raises `RunError` if the folder already holds a run."""
-        if (self.path / "recipe.yaml").exists():
+        if os.path.exists(self.path / "recipe.yaml"):  # `Path.exists` raises for a name that is too long
             raise RunError(f"{str(self.path)!r} already holds a run",
                            "continue it (--resume), or name another folder (output_dir=NAME)")
         return self
