@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export",
-           "extract_features", "load_adapters", "paraphrase", "plan", "rlhf", "serve", "train"]
+           "extract_features", "load_adapters", "paraphrase", "plan", "predict", "rlhf", "serve", "train"]
 
 if TYPE_CHECKING:
     from luthier.api.compare import compare_methods
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.api.load_adapters import load_adapters
     from luthier.api.paraphrase import paraphrase
     from luthier.api.plan import plan
+    from luthier.api.predict import predict
     from luthier.api.rlhf import rlhf
     from luthier.api.run import Run
     from luthier.api.serve import serve
@@ -33,7 +34,7 @@ _MODULES = {"Recipe": "luthier.assembly", "LuthierError": "luthier.core.errors",
             "train": "luthier.api.train", "evaluate": "luthier.api.evaluate", "export": "luthier.api.export",
             "extract_features": "luthier.api.features", "load_adapters": "luthier.api.load_adapters",
             "compare_methods": "luthier.api.compare", "paraphrase": "luthier.api.paraphrase",
-            "plan": "luthier.api.plan", "rlhf": "luthier.api.rlhf",
+            "plan": "luthier.api.plan", "predict": "luthier.api.predict", "rlhf": "luthier.api.rlhf",
             "serve": "luthier.api.serve"}
 
 

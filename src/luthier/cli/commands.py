@@ -84,6 +84,19 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     return console.print_table(shown, options.json)
 
 
+def _run_predict(options: argparse.Namespace) -> int:
+    from luthier.api.predict import predict
+    predictions = predict(_get_only_positional(options, "run"), options.data, out=options.out,
+                          max_samples=options.max_samples, max_new_tokens=options.max_new_tokens or 256,
+                          quiet=options.quiet, base_model=options.base_model, **options.settings)
+    if options.out is None:
+        for line in predictions:
+            print(json.dumps(line, ensure_ascii=False))
+        return 0
+    wrong = sum("error" in line for line in predictions)
+    return console.print_table({"file": options.out, "rows": len(predictions), "refused": wrong}, options.json)
+
+
 def _run_chat(options: argparse.Namespace) -> int:
     from luthier.api.chat import open_chat
     sessions = open_chat(options.run, compare=options.compare, system=options.system,
@@ -283,6 +296,12 @@ COMMANDS: dict[str, Command] = {
         _option("--metric", action="append", default=[], help="metric of generated answers; may be repeated"),
         MAX_SAMPLES, _option("--base-model-only", action="store_true", help="evaluate the base model without the run"),
         _option("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer"),
+        BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
+    "predict": Command("predict new rows: classes, numbers, rewards, embeddings or answers", _run_predict, (
+        _option("positionals", nargs="*", metavar="RUN | key=value", help="a run folder, and settings of its recipe"),
+        _option("--data", metavar="FILE", required=True, help="the rows; they need no labels"),
+        _option("--out", metavar="FILE", help="a .jsonl file, or .npy for embeddings; default: print the predictions"),
+        MAX_SAMPLES, _option("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer"),
         BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "chat": Command("chat with a run or a model", _run_chat, (
         _option("run", metavar="RUN", help="a run folder, or a model"),

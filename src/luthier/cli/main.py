@@ -23,8 +23,8 @@ from luthier.core.consent import allow_code
 from luthier.core.errors import LuthierError, RecipeError, StoppedAtOnce, suggest_nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
-COMMAND_NAMES = {"combine": "merge-adapters", "sft": "train", "eval": "evaluate", "predict": "evaluate",
-                 "finetune": "train", "api": "serve", "chatbot": "chat"}  # elsewhere, or before -> here
+COMMAND_NAMES = {"combine": "merge-adapters", "sft": "train", "eval": "evaluate", "finetune": "train", "api": "serve",
+                 "infer": "predict", "chatbot": "chat"}  # elsewhere, or before -> here
 OPTION_NAMES = {"--run": "--output-dir", "--limit": "--max-samples", "--base": "--base-model-only",
                 "--general": "--retention-data", "--ask": "--prompt-template", "--how": "--combination-type",
                 "--batch-size": "--max-num-seqs", "--output": "--output-dir", "--dataset": "--data",
