@@ -53,8 +53,8 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
-    """Elements of an array, or consecutive objects. After an invalid one, reading continues at the next object with
-    the same indentation."""
+    """Elements of consecutive arrays, or consecutive objects. After an invalid one, reading continues at the next
+    object with the same indentation. What follows an array, and an array without an end, is reported."""
     raw = stream.read()
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     decoder, skip = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys), re.compile(r"[\s,]*")
@@ -65,9 +65,18 @@ def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
                         "give an array of objects, or another suffix")
     at = skip.match(text, at + array).end()  # type: ignore[union-attr]
     line, counted = 1, 0
-    while at < len(text) and not (array and text[at] == "]"):
+    while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
         origin = Origin(name, line)
+        if array and text[at] == "]":
+            at = skip.match(text, at + 1).end()  # type: ignore[union-attr]
+            if at == len(text):
+                return
+            if text[at] != "[":
+                yield RejectedRow(origin, BROKEN_JSON, f"after the end of the array stands {text[at:at + 20]!r}")
+                return
+            at = skip.match(text, at + 1).end()  # type: ignore[union-attr]
+            continue
         try:
             value, end = decoder.raw_decode(text, at)
             yield build_row(value, origin)
@@ -75,8 +84,12 @@ def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
             resumed = _find_next_object(text, at)
             rest = "" if resumed else "; the rest of the file could not be read"
             yield RejectedRow(origin, BROKEN_JSON, f"{fault}{rest}")
-            end = resumed or len(text)
+            if resumed is None:
+                return
+            end = resumed
         at = skip.match(text, end).end()  # type: ignore[union-attr]
+    if array:
+        yield RejectedRow(Origin(name, line), BROKEN_JSON, "the array has no end: the file may have been cut off")
 
 
 def _find_next_object(text: str, at: int) -> int | None:

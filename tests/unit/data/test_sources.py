@@ -172,3 +172,15 @@ def test_a_relative_path_is_found_and_missed(monkeypatch, tmp_path, write) -> No
     assert len(every("train.jsonl")) == 3
     with pytest.raises(DataError, match=r"did you mean train\.jsonl"):
         every("tran.jsonl")
+
+
+@pytest.mark.parametrize(("text", "kept", "refused"), [
+    ('[{"text": "a"}][{"text": "b"}]', ["a", "b"], 0), ('[{"text": "a"}]\n\n[{"text": "b"}, {"text": "c"}]\n', ["a", "b", "c"], 0),
+    ('[][{"text": "b"}]', ["b"], 0), ('[{"text": "a"}] {"text": "b"}', ["a"], 1), ('[{"text": "a"}] and more', ["a"], 1),
+    ('[{"text": "a"}, {"text": "b"}', ["a", "b"], 1), ('[{"text": "a"},', ["a"], 1), ('[{"text": "a"}, {"te', ["a"], 1),
+    ('[{"text": "a"}]]', ["a"], 1), ('{"text": "a"}{"text": "b"}', ["a", "b"], 0), ('[{"text": "a"},]', ["a"], 0)])
+def test_no_row_behind_the_first_document_is_lost(tmp_path: Path, text: str, kept: list[str], refused: int) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    found = [row for _, rows in read_source(str(tmp_path / "rows.json")) for row in rows]
+    assert [row.values["text"] for row in found if isinstance(row, Row)] == kept
+    assert len([row for row in found if isinstance(row, RejectedRow)]) == refused
