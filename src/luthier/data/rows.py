@@ -53,13 +53,36 @@ def _open_zstd(file: Path) -> IO[bytes]:
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
+MAX_RATIO, ALWAYS_READ = 200, 1 << 30  # text shrinks to a tenth; a file of zeros to a thousandth
+
+
+class _LimitedReader(io.RawIOBase):
+    """The unpacked bytes of a file, as many as its packed size makes plausible. Raises `DataError` beyond that."""
+
+    def __init__(self, raw: Any, file: Path) -> None:
+        self._raw, self._file = raw, file
+        self._left = self._limit = max(ALWAYS_READ, MAX_RATIO * file.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._raw.read(len(buffer))
+        self._left -= len(part)
+        if self._left < 0:
+            raise DataError(f"{self._file} unpacks to more than {self._limit:,} bytes, {MAX_RATIO} times its size",
+                            "unpack it first, if it is what it should be")
+        buffer[:len(part)] = part
+        return len(part)
+
+
 @contextmanager
 def open_file(file: Path) -> Iterator[io.BufferedReader]:
     """The decompressed bytes of `file`. Every decompression error becomes one `DataError`."""
     opener = OPENERS.get(file.suffix.lower())
     try:
         with (opener(file) if opener else file.open("rb")) as raw:
-            yield io.BufferedReader(raw)
+            yield io.BufferedReader(_LimitedReader(raw, file) if opener else raw)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
         raise DataError(f"{file} cannot be read: {fault}",
                         "the file is damaged or has the wrong suffix: download it again, or fix the suffix") from fault

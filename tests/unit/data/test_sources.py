@@ -184,3 +184,12 @@ def test_no_row_behind_the_first_document_is_lost(tmp_path: Path, text: str, kep
     found = [row for _, rows in read_source(str(tmp_path / "rows.json")) for row in rows]
     assert [row.values["text"] for row in found if isinstance(row, Row)] == kept
     assert len([row for row in found if isinstance(row, RejectedRow)]) == refused
+
+
+def test_a_packed_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.data.rows.ALWAYS_READ", 10_000)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 10**7 + b'"}\n'))
+    (tmp_path / "plain.jsonl.gz").write_bytes(gzip.compress(b"".join(b'{"text": "row %d"}\n' % i for i in range(3000))))
+    with pytest.raises(DataError, match="unpacks to more than"):
+        [row for _, rows in read_source(str(tmp_path / "bomb.jsonl.gz")) for row in rows]
+    assert len([row for _, rows in read_source(str(tmp_path / "plain.jsonl.gz")) for row in rows]) == 3000
