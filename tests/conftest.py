@@ -8,6 +8,7 @@ differences below 1e-7; here they compute in float64, so that two ways to one nu
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from tiny import ENCODERS, KINDS, VISIONS, tiny
+
+os.environ["LUTHIER_TRACEBACK"] = "1"  # an error that no code has foreseen fails its test with a traceback
 
 
 class _Wide:

@@ -25,7 +25,8 @@ class ChatSession(Protocol):
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not is_unicode, default=str))
 
 
 def print_notice(line: str) -> None:

@@ -2,17 +2,20 @@
 `cli/console.py` prints results.
 
 Results go to stdout, with `--json` as JSON and nothing else; progress and errors go to stderr. Exit codes: 0 success,
-2 an error that the user can fix, 129, 130 and 143 ended by a signal. `luthier.api` is imported where it is called, so
-that `--help` is quick.
+1 an unexpected error, 2 an error that the user can fix, 129, 130 and 143 ended by a signal. `luthier.api` is imported
+where it is called, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know ASCII only
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = parse(arguments)
         with allow_code(vars(options).get("allow_code") or ()):
@@ -51,14 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except OSError as error:
         if error.errno not in DISK_FULL:
-            raise
+            return _fail_unexpectedly(error, as_json)
         return _fail("DiskFull", f"the disk is full{f': {error.filename}' if error.filename else ''}",
                      "free some space, or write the run to another disk (--output-dir DIR); then --resume", as_json)
+    except Exception as error:
+        return _fail_unexpectedly(error, as_json)
     except StoppedAtOnce as error:
         return _fail("Interrupted", f"{error}, twice: stopped at once",
                      "the newest checkpoint is intact; continue with --resume", as_json, error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted", "", as_json, 130)
+
+
+def _fail_unexpectedly(error: Exception, as_json: bool) -> int:
+    """An error that no code has foreseen: one line, and the traceback in a file. `LUTHIER_TRACEBACK=1` raises it."""
+    if os.environ.get("LUTHIER_TRACEBACK"):
+        raise error
+    handle, file = tempfile.mkstemp(prefix="luthier-error-", suffix=".txt")
+    with open(handle, "w", encoding="utf-8", errors="backslashreplace") as written:
+        traceback.print_exception(error, file=written)
+    remedy = ("use a smaller batch or model: luthier plan shows what fits" if isinstance(error, MemoryError) else
+              "if the message does not help, report it")
+    return _fail(type(error).__name__, f"{type(error).__name__}: {error}".rstrip(": "),
+                 f"{remedy}; the traceback is in {file}", as_json, 1)
 
 
 def _fail(kind: str, what: str, remedy: str, as_json: bool, code: int = 2) -> int:
